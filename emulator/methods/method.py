@@ -1,0 +1,91 @@
+"""What a tuning method is, and the registry of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from farfield.protocols.plan import TuningSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a method must know besides its own settings.
+
+    Attributes:
+        task: `causal-lm` or `sequence-classification`; the head of a classifier is new, so it is always trained.
+        seed: what the initial values are drawn from, on the CPU, so that every machine draws the same.
+        steps: optimiser steps that one client makes over all rounds, for methods that follow a schedule.
+    """
+
+    task: str
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A model with a method installed.
+
+    Attributes:
+        model: called like the model it was made from. Exactly the parameters that the method trains require gradients.
+        after_backward: called with the number of the step (from 0, over all rounds) between backward and optimiser step.
+    """
+
+    model: torch.nn.Module
+    after_backward: Callable[[int], None] | None = field(default=None)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name, in the order of the names: what a round sends out and gets back."""
+        return dict(sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad))
+
+
+class TuningMethod(TuningSettings, ABC):
+    """The settings of one method, which can install it. Immutable; a model is changed, never the method."""
+
+    @abstractmethod
+    def install(self, model: PreTrainedModel, setting: Setting) -> Tuned:
+        """Install the method in `model`, which it takes over. Added weights are in the model's own dtype.
+
+        Raises:
+            TuningError: the method does not fit this model.
+        """
+
+    @abstractmethod
+    def merge(self, tuned: Tuned) -> PreTrainedModel:
+        """The backbone with what was trained folded into its own weights; `tuned` is used up.
+
+        Raises:
+            TuningError: the method has nothing that could be folded in (a prompt, for instance).
+        """
+
+    @abstractmethod
+    def save(self, tuned: Tuned, folder: Path) -> None:
+        """Write what was trained to `folder`, in the format of `peft` where `peft` has the method; safetensors only."""
+
+
+_registry: dict[str, type[TuningMethod]] = {}
+
+Method = TypeVar("Method", bound=type[TuningMethod])
+
+
+def register(method: Method) -> Method:
+    """Class decorator: make the method known under the default value of its `kind`."""
+    kind = method.model_fields["kind"].default
+    if kind in _registry:
+        raise ValueError(f"two tuning methods are called {kind!r}: {_registry[kind].__name__} and {method.__name__}")
+    _registry[kind] = method
+    return method
+
+
+def registered() -> Mapping[str, type[TuningMethod]]:
+    """All methods by their `kind`; hand it to `farfield.protocols.plan.parse`."""
+    return MappingProxyType(_registry)

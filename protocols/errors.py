@@ -1,0 +1,82 @@
+"""Every error that Farfield raises for a cause outside its own code.
+
+    FarfieldError
+    ├── PlanError            the Plan, or a Plan that does not fit the run
+    ├── BackboneError        a model folder that cannot be used
+    ├── TuningError          a tuning method that does not fit the model
+    ├── DataError            a client's data
+    ├── RunError             a run folder: missing, of another Plan, or on a full disk
+    └── WireError            bytes from outside
+        ├── MalformedMessage     not a message, or one that contradicts itself
+        ├── MessageTooLarge      over a limit; raised before anything of that size is allocated
+        └── UnknownVersion       a newer or older peer
+
+A message says what was wrong, where, what was expected and what to do. The command line prints it as it is and exits
+with status 2; everything else that escapes is a defect of Farfield.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FarfieldError(Exception):
+    """Something that the user, a peer or the machine has to put right.
+
+    Args:
+        what: what is wrong, as a clause: "the folder holds pickle weights only".
+        where: the file, key, line, node or round it was found in.
+        hint: what was expected, or what to do about it, as a sentence.
+    """
+
+    def __init__(self, what: str, *, where: object = "", hint: str = "") -> None:
+        self.what, self.where, self.hint = what, str(where), hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}. {self.hint}" if self.hint else text
+
+
+class PlanError(FarfieldError):
+    """The Plan, or a Plan that does not fit the run."""
+
+
+class BackboneError(FarfieldError):
+    """A model folder that cannot be used."""
+
+
+class TuningError(FarfieldError):
+    """A tuning method that does not fit the model."""
+
+
+class DataError(FarfieldError):
+    """A client's data is missing, empty or malformed."""
+
+
+class RunError(FarfieldError):
+    """A run folder is missing, belongs to another Plan, or lies on a full disk."""
+
+
+class WireError(FarfieldError):
+    """Bytes from outside that are not what they should be."""
+
+
+class MalformedMessage(WireError):
+    """Bytes that are no message, or a message that contradicts itself."""
+
+
+class MessageTooLarge(WireError):
+    """A message or a part of one is over a limit."""
+
+
+class UnknownVersion(WireError):
+    """The peer speaks another version of the wire format."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """ "Did you mean 'rank'?", or the known names when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(names)}."

@@ -1,0 +1,304 @@
+"""The Plan: one public, immutable document that says everything about a run.
+
+A Plan is TOML; `parse` turns it into frozen, validated values. Its canonical bytes are the JSON of those values with all
+defaults filled in and keys sorted, so two files that mean the same have the same digest, however they are written.
+
+The kinds of tuning are not known here: each is a file of `farfield.emulator.methods` with settings of its own, and
+whoever parses a Plan passes them in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .errors import PlanError, did_you_mean
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Settings(BaseModel):
+    """A section of the Plan: immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Model(Settings):
+    """The backbone and what it is for.
+
+    `backbone` is `builtin:<name>` or the path of a local Hugging Face folder, relative to the Plan's own folder.
+    """
+
+    backbone: Annotated[str, Field(min_length=1)]
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    labels: Annotated[int, Field(ge=2)] | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+
+    @model_validator(mode="after")
+    def _labels_belong_to_classification(self) -> Self:
+        if (self.task == "sequence-classification") != (self.labels is not None):
+            raise ValueError("'labels' (how many classes) goes with task = \"sequence-classification\", and only with it")
+        return self
+
+
+class TuningSettings(Settings):
+    """What every tuning method has; `farfield.emulator.methods` holds the methods themselves."""
+
+    kind: str
+
+
+class Data(Settings):
+    """What a client's files are expected to hold, and how they become examples.
+
+    A record is text (`text`), a prompt with its completion, a chat (`messages`), or a text with its class (`label`);
+    the keys name the columns. `held_out` is the share of each client's examples that is never trained on.
+    """
+
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    label: str = "label"
+    max_length: Annotated[int, Field(ge=8)] = 256
+    packing: bool = True
+    completion_only: bool = True
+    held_out: Share = 0.1
+
+
+class Training(Settings):
+    """The work of one client in one round, and how many rounds there are.
+
+    The budget of a round is `steps` or `epochs`. The learning-rate schedule runs over all rounds, not over each.
+    `proximal_mu` is μ of FedProx (Li et al. 2020, eq. 2); 0 is plain local training.
+    """
+
+    rounds: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt = 8
+    gradient_accumulation: PositiveInt = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    momentum: Share = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: PositiveFloat | None = 1.0
+    proximal_mu: NonNegativeFloat = 0.0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the budget of a round as 'steps' or as 'epochs', one of the two")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ValueError("'momentum' goes with optimizer = \"sgd\"")
+        return self
+
+
+class Cohort(Settings):
+    """Who takes part in a round: `size` clients, or the `fraction` of those present, but never under `minimum`.
+
+    A round that ends with fewer than `minimum` updates changes nothing. `round_seconds` is how long a round waits.
+    """
+
+    size: PositiveInt | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    minimum: PositiveInt = 1
+    round_seconds: PositiveFloat = 3600.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.size is not None and self.fraction is not None:
+            raise ValueError("give 'size' or 'fraction', not both")
+        if self.size is not None and self.minimum > self.size:
+            raise ValueError(f"'minimum' ({self.minimum}) is more than 'size' ({self.size})")
+        return self
+
+
+class Aggregation(Settings):
+    """How updates become the next adapter: a weighted mean, then a server optimiser (FedOpt, Reddi et al. 2021).
+
+    `learning_rate` is η, `beta1`/`beta2` are β₁/β₂ and `tau` is τ of Algorithm 2.
+    """
+
+    rule: Literal["mean"] = "mean"
+    weighting: Literal["examples", "uniform"] = "examples"
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
+    learning_rate: PositiveFloat = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: PositiveFloat = 1e-3
+
+
+class Evaluation(Settings):
+    """After every `every` rounds, on the held-out share of at most `clients` clients (the same ones each time)."""
+
+    every: PositiveInt = 1
+    clients: PositiveInt = 16
+    batch_size: PositiveInt = 16
+    examples: PositiveInt | None = None
+
+
+class Delivery(Settings):
+    """What is shipped to clients, and the number format of tensors on the wire."""
+
+    kind: Literal["adapter", "emulator"] = "adapter"
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+
+class Protection(Settings):
+    """Who can read one client's update."""
+
+    kind: Literal["none", "sealed", "secagg"] = "none"
+
+
+class Privacy(Settings):
+    """Which differential privacy the run promises."""
+
+    kind: Literal["none", "example", "client"] = "none"
+
+
+_NOT_YET = {
+    ("model", "quantization"): ("none",),
+    ("delivery", "kind"): ("adapter",),
+    ("protection", "kind"): ("none",),
+    ("privacy", "kind"): ("none",),
+}
+"""Values that this release can honour, where the format already knows more."""
+
+
+class Plan(Settings):
+    """One run, whole. Made by `parse` or `load`, never by hand."""
+
+    model: Model
+    tuning: SerializeAsAny[TuningSettings]
+    training: Training
+    data: Data = Data()
+    cohort: Cohort = Cohort()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    delivery: Delivery = Delivery()
+    protection: Protection = Protection()
+    privacy: Privacy = Privacy()
+
+    @field_validator("tuning", mode="before")
+    @classmethod
+    def _settings_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds: Mapping[str, type[TuningSettings]] = (info.context or {})["tuning_kinds"]
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+            raise ValueError(f"'kind' (a string) is missing; known are: {', '.join(sorted(kinds))}")
+        kind = value["kind"]
+        if kind not in kinds:
+            raise ValueError(f"no tuning method {kind!r}. {did_you_mean(kind, kinds)}")
+        return kinds[kind].model_validate(value)
+
+    @model_validator(mode="after")
+    def _honours_what_it_says(self) -> Self:
+        for (section, key), possible in _NOT_YET.items():
+            value = getattr(getattr(self, section), key)
+            if value not in possible:
+                raise ValueError(f"{section}.{key} = {value!r} is not available in this release; use {possible[0]!r}")
+        return self
+
+    def canonical(self) -> bytes:
+        """The bytes that are digested and signed: sorted, compact UTF-8 JSON with every default written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hexadecimal."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def parse(text: str, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object = "Plan") -> Plan:
+    """The Plan that `text` (TOML) describes.
+
+    Raises:
+        PlanError: the text is no TOML or no valid Plan; names the key's path and, for an unknown key, the nearest one.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"not valid TOML: {error}", where=where) from None
+    return from_document(document, tuning_kinds, where=where)
+
+
+def from_canonical(raw: bytes, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object = "Plan") -> Plan:
+    """The Plan whose canonical bytes are `raw`. Raises PlanError as `parse` does."""
+    try:
+        document = json.loads(raw)
+    except ValueError as error:
+        raise PlanError(f"not the canonical form of a Plan: {error}", where=where) from None
+    return from_document(document, tuning_kinds, where=where)
+
+
+def load(path: Path, tuning_kinds: Mapping[str, type[TuningSettings]]) -> Plan:
+    """The Plan in the file `path`. Raises PlanError as `parse` does, and when the file cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PlanError("no such file", where=path, hint="Give the path of a Plan, for example examples/quickstart.toml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read as UTF-8 text: {error}", where=path) from None
+    return parse(text, tuning_kinds, where=path)
+
+
+def from_document(document: Any, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object) -> Plan:
+    try:
+        return Plan.model_validate(document, context={"tuning_kinds": tuning_kinds})
+    except ValidationError as error:
+        raise _explained(error, tuning_kinds, document, where) from None
+
+
+def _explained(
+    error: ValidationError, kinds: Mapping[str, type[TuningSettings]], document: Any, where: object
+) -> PlanError:
+    """The first complaint of pydantic as one sentence about one key."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax", "strict"))]
+    if error.title in {kind.__name__ for kind in kinds.values()}:
+        path = ["tuning", *path]
+    key = ".".join(path) or "Plan"
+    match first["type"]:
+        case "extra_forbidden":
+            known = _known_keys(path[:-1], kinds, document)
+            return PlanError(f"unknown key '{key}'", where=where, hint=did_you_mean(path[-1], known))
+        case "missing":
+            return PlanError(f"'{key}' is missing", where=where, hint="docs/plan.md lists every key.")
+        case "value_error":
+            return PlanError(f"{key}: {first['ctx']['error']}", where=where)
+        case "literal_error":
+            return PlanError(f"{key} = {first['input']!r} is not one of {first['ctx']['expected']}", where=where)
+        case _:
+            return PlanError(f"{key} = {first['input']!r}: {first['msg']}", where=where)
+
+
+def _known_keys(path: list[str], kinds: Mapping[str, type[TuningSettings]], document: Any) -> set[str]:
+    if not path:
+        return set(Plan.model_fields)
+    if path[0] == "tuning":
+        return set(kinds[document["tuning"]["kind"]].model_fields)
+    section = Plan.model_fields[path[0]].annotation
+    candidates = [section, *get_args(section)]
+    return {name for one in candidates if isinstance(one, type) and issubclass(one, Settings) for name in one.model_fields}
