@@ -1,14 +1,15 @@
 """Python's own standard library as a data set: code for the backbone, prose for the clients.
 
-Everything that Farfield ships runs without a download, so its demonstration reads the one corpus that every user has: the
-library of the interpreter that runs it. The corpus is cut twice.
+Everything that Farfield ships runs without a download, so its demonstration reads the one corpus that every user has:
+the library of the interpreter that runs it. The corpus is cut twice.
 
-* By *unit* (a top-level package or module): the units in `CLIENT_UNITS`, and the test files that belong to them, are the
-  clients'. All others are the backbone's.
+* By *unit* (a top-level package or module): the units in `CLIENT_UNITS`, and the test files that belong to them, are
+  the clients'. All others are the backbone's.
 * By *kind of text*: the backbone is trained on code with its docstrings and comments removed; the clients hold those
   docstrings and comments. So the clients have something that the backbone has still to learn.
 
-`examples/pretrain_backbone.py` uses the backbone's side and measures on the clients' side.
+`examples/pretrain_backbone.py` uses the backbone's side and measures on the clients' side; `clients` deals the prose
+to as many clients as a demonstration wants.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ import inspect
 import io
 import re
 import sysconfig
+import textwrap
 import tokenize
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
+
+import numpy as np
+from farfield.protocols.errors import DataError
 
 CLIENT_UNITS: tuple[str, ...] = (
     "concurrent", "configparser", "difflib", "doctest", "ftplib", "heapq", "html", "imaplib", "json", "multiprocessing",
@@ -41,6 +47,21 @@ _SKIPPED = frozenset({"site-packages", "__pycache__", "pydoc_data", "encodings",
 
 MIN_PROSE_CHARS = 40
 """Shorter docstrings and comments ("# XXX", "Return self.") say nothing that can be learnt."""
+
+MIN_CLIENT_CHARS = 1500
+"""A client of a demonstration holds at least this much prose: enough for a batch or two and a held-out share."""
+
+_RULER = re.compile(r"[-=*~_#+|\s]{3,}")
+"""A line of drawing: an underline, a border of a table, a rule between two parts of a file."""
+
+_RULED_HEADING = re.compile(r"(?:[-=*#]{2,}\s+)?(\S.*?)\s*(?:[-=*~_]{5,}|\s#+)")
+"""A heading drawn out with a rule: "-- Private methods --------", "Screen - Singleton  ########"."""
+
+_FOR_TOOLS = re.compile(
+    r"-\*-.*-\*-|(vi|vim|ex):\s?\S*(set?\s|\w+=).*|(Local Variables|End):|\$(Id|Revision|Date|Author)\b.*\$"
+    r"|(noqa|type: ignore|pragma:|pylint:|mypy:|fmt:|XXX$).*"
+)
+"""A comment line that speaks to an editor, a linter or a version control system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +103,35 @@ def sources(folder: Path | None = None) -> Iterator[Source]:
 
 def _readable(file: Path) -> str | None:
     """The file's text, or None for the few that are deliberately no valid Python (data of the library's own tests)."""
+    found = _parsed(file)
+    return found and found[0]
+
+
+def _parsed(file: Path) -> tuple[str, ast.Module] | None:
     try:
         with tokenize.open(file) as stream:
             text = stream.read()
-        ast.parse(text)
+        return text, _tree(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return None
-    return text
+
+
+def _tree(text: str) -> ast.Module:
+    """`ast.parse` without its warnings, which would be errors, and make a file unreadable, under `python -W error`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
 
 
 def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 yield first.value
 
 
@@ -106,7 +142,7 @@ def code(text: str) -> str:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column].rstrip()
-    for node in _docstrings(ast.parse(text)):
+    for node in _docstrings(_tree(text)):
         end = node.end_lineno or node.lineno
         tail = lines[end - 1].encode()[node.end_col_offset :].decode()
         lines[node.lineno - 1] = lines[node.lineno - 1].encode()[: node.col_offset].decode().rstrip() + tail
@@ -115,23 +151,161 @@ def code(text: str) -> str:
 
 
 def prose(text: str) -> list[str]:
-    """The docstrings and comment blocks of `text` in the order they stand in, each as one string."""
-    found: list[tuple[int, str]] = [
-        (node.lineno, inspect.cleandoc(str(node.value))) for node in _docstrings(ast.parse(text))
-    ]
+    """The docstrings and comment blocks of `text` in the order they stand in, each as one string.
+
+    What is drawn (rules, underlines, borders of tables), lines for editors and linters, and code that was commented out
+    are not prose and are left out, and so is every piece that is then shorter than `MIN_PROSE_CHARS`.
+    """
+    return _prose(text, _tree(text))
+
+
+def _prose(text: str, tree: ast.Module) -> list[str]:
+    found = [(node.lineno, _cleaned(inspect.cleandoc(str(node.value)))) for node in _docstrings(tree)]
+    found += [(row, _cleaned(block)) for row, block in _comment_blocks(text) if not _is_code(block)]
+    return [piece for _, piece in sorted(found) if len(piece) >= MIN_PROSE_CHARS]
+
+
+def _comment_blocks(text: str) -> Iterator[tuple[int, str]]:
+    """The first row and the text of each run of comments on consecutive rows."""
     block: list[str] = []
-    previous = -1
-    start = 0
+    start = previous = 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type != tokenize.COMMENT:
+        if token.type != tokenize.COMMENT or (token.start[0] == 1 and token.string.startswith("#!")):
             continue
         row = token.start[0]
-        if row != previous + 1 and block:
-            found.append((start, "\n".join(block)))
+        if block and row != previous + 1:
+            yield start, "\n".join(block)
             block = []
         start = start if block else row
-        block.append(token.string.lstrip("#!:").strip())
+        block.append(re.sub(r"^[#!:]+ ?", "", token.string))
         previous = row
     if block:
-        found.append((start, "\n".join(block)))
-    return [piece.strip() for _, piece in sorted(found) if len(piece.strip()) >= MIN_PROSE_CHARS]
+        yield start, "\n".join(block)
+
+
+def _is_code(comment: str) -> bool:
+    """Whether a comment is code that someone switched off. Prose is hardly ever valid Python, except as one bare name
+    before a comment of its own ("Issue #13305: ...").
+    """
+    try:
+        statements = _tree(textwrap.dedent(comment)).body
+    except (SyntaxError, ValueError):
+        return False
+    return not all(isinstance(one, ast.Expr) and isinstance(one.value, ast.Name) for one in statements)
+
+
+def _cleaned(piece: str) -> str:
+    lines = []
+    for line in map(str.rstrip, piece.splitlines()):
+        bare = line.strip()
+        if bare and (_RULER.fullmatch(bare) or _FOR_TOOLS.fullmatch(bare)):
+            continue
+        heading = _RULED_HEADING.fullmatch(bare)
+        lines.append(heading[1] if heading else line)
+    return re.sub(r"\n\n\n+", "\n\n", textwrap.dedent("\n".join(lines))).strip()
+
+
+def client_prose(folder: Path | None = None) -> dict[str, list[str]]:
+    """The prose of every client unit, unit by unit in alphabetical order; within a unit in path order, without tests.
+
+    Reads the clients' files only, in about a second, and leaves out a unit that this installation lacks or that holds
+    less than `MIN_CLIENT_CHARS`.
+    """
+    root = folder or Path(sysconfig.get_path("stdlib"))
+    found: dict[str, list[str]] = {unit: [] for unit in CLIENT_UNITS}
+    for entry in sorted(root.iterdir()):
+        if owner(PurePosixPath(entry.name)) not in found:
+            continue
+        for file in sorted(entry.rglob("*.py")) if entry.is_dir() else [entry]:
+            path = PurePosixPath(file.relative_to(root).as_posix())
+            if file.suffix != ".py" or _SKIPPED & set(path.parts) or Source("", path, "").is_test:
+                continue
+            if parsed := _parsed(file):
+                found[owner(path)] += _prose(*parsed)
+    return {unit: texts for unit, texts in found.items() if _size(texts) >= MIN_CLIENT_CHARS}
+
+
+def clients(count: int, folder: Path | None = None) -> list[tuple[str, list[str]]]:
+    """A name and its texts for each of `count` clients; the same for every call on one installation.
+
+    Up to as many clients as there are units, a client holds whole units ("doctest+uuid"). For more, units are cut
+    between texts ("xml-3" is the third part of xml), the longest ones into more parts, and the parts of a unit are as
+    even as whole texts allow. Every text goes to one client, and every client has at least `MIN_CLIENT_CHARS`.
+
+    Raises:
+        DataError: `count` is not positive, or there is too little prose for so many; names the largest count.
+    """
+    units = client_prose(folder)
+    most = {unit: _most_parts(texts) for unit, texts in units.items()}
+    where = folder or "the standard library of this Python"
+    if count < 1:
+        raise DataError(f"cannot be dealt to {count} clients", where=where, hint="A demonstration has at least one.")
+    if count > sum(most.values()):
+        raise DataError(
+            f"holds prose for at most {sum(most.values())} clients, not {count}",
+            where=where,
+            hint="Ask for fewer, or give the clients data of your own with --data.",
+        )
+    return _dealt(units, count) if count <= len(units) else _cut(units, most, count)
+
+
+def _dealt(units: dict[str, list[str]], count: int) -> list[tuple[str, list[str]]]:
+    """Whole units, the longest first, each to the client that has least so far."""
+    hands: list[list[str]] = [[] for _ in range(count)]
+    held = [0] * count
+    for unit in sorted(units, key=lambda unit: (-_size(units[unit]), unit)):
+        least = held.index(min(held))
+        hands[least].append(unit)
+        held[least] += _size(units[unit])
+    return [(_joined(hand), [text for unit in sorted(hand) for text in units[unit]]) for hand in hands]
+
+
+def _joined(units: list[str]) -> str:
+    return "+".join(units) if len(units) <= 3 else f"{units[0]}+{units[1]}+{len(units) - 2}-more"
+
+
+def _cut(units: dict[str, list[str]], most: dict[str, int], count: int) -> list[tuple[str, list[str]]]:
+    parts = dict.fromkeys(units, 1)
+    while sum(parts.values()) < count:
+        divisible = [unit for unit in units if parts[unit] < most[unit]]
+        parts[max(divisible, key=lambda unit: _size(units[unit]) / parts[unit])] += 1
+    return [
+        (unit if parts[unit] == 1 else f"{unit}-{number}", texts)
+        for unit in units
+        for number, texts in enumerate(_even_parts(units[unit], parts[unit]), 1)
+    ]
+
+
+def _size(texts: list[str]) -> int:
+    return sum(map(len, texts))
+
+
+def _most_parts(texts: list[str]) -> int:
+    """The most contiguous parts of at least `MIN_CLIENT_CHARS` each: cut as soon as a part is long enough."""
+    parts = held = 0
+    for text in texts:
+        held += len(text)
+        if held >= MIN_CLIENT_CHARS:
+            parts, held = parts + 1, 0
+    return parts
+
+
+def _even_parts(texts: list[str], count: int) -> list[list[str]]:
+    """`texts` as `count` contiguous parts of at least `MIN_CLIENT_CHARS`, of the least sum of squared sizes.
+
+    By dynamic programming over the ends of parts: `least[end]` is the best sum for the texts before `end`.
+    """
+    ends = np.array([0, *accumulate(map(len, texts))], dtype=np.float64)
+    sizes = ends[None, :] - ends[:, None]
+    cost = np.where(sizes >= MIN_CLIENT_CHARS, sizes**2, np.inf)
+    least = cost[0]
+    starts = []
+    for _ in range(count - 1):
+        total = least[:, None] + cost
+        starts.append(total.argmin(axis=0))
+        least = total.min(axis=0)
+    cuts = [len(texts)]
+    for start in reversed(starts):
+        cuts.append(int(start[cuts[-1]]))
+    cuts = [0, *reversed(cuts)]
+    return [texts[begin:end] for begin, end in pairwise(cuts)]

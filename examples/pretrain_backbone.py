@@ -1,7 +1,7 @@
 """Train `builtin:tiny-llama-py`, the backbone that Farfield carries, on a part of Python's standard library.
 
     python examples/pretrain_backbone.py train --steps 2400     # resumes where it stopped
-    python examples/pretrain_backbone.py measure                # bits per byte against xz and gzip, and the model's card
+    python examples/pretrain_backbone.py measure                # bits per byte against xz and gzip; the model's card
 
 The data is the code of every standard-library unit that no client holds (`farfield.edge_client.stdlib`), without
 docstrings and comments. The learning rate is constant until the last fifth of the steps and then falls linearly to
@@ -22,12 +22,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from farfield.edge_client import stdlib
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from farfield.edge_client import stdlib
 
 VOCABULARY = 3072
 CONTEXT = 512
@@ -201,7 +200,7 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, tokens: torch.Tensor, size: int) -> float:
-    """Code length of the stream in bits over its size in bytes; every token sees at least CONTEXT / 2 tokens before it."""
+    """Bits that code the stream over its size in bytes; every token sees at least CONTEXT / 2 tokens before it."""
     half = CONTEXT // 2
     nats = 0.0
     for start in range(0, len(tokens) - 1, half):

@@ -1,10 +1,10 @@
 """The Plan: one public, immutable document that says everything about a run.
 
-A Plan is TOML; `parse` turns it into frozen, validated values. Its canonical bytes are the JSON of those values with all
-defaults filled in and keys sorted, so two files that mean the same have the same digest, however they are written.
+A Plan is TOML; `parse` turns it into frozen, validated values. Its canonical bytes are the JSON of those values with
+all defaults filled in and keys sorted, so two files that mean the same have the same digest, however they are written.
 
-The kinds of tuning are not known here: each is a file of `farfield.emulator.methods` with settings of its own, and
-whoever parses a Plan passes them in.
+Tuning methods and aggregation rules are not known here: each is one file, of `farfield.emulator.methods` and of
+`farfield.coordinator.aggregation`, and whoever parses a Plan passes in those that it has.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -57,7 +57,9 @@ class Model(Settings):
     @model_validator(mode="after")
     def _labels_belong_to_classification(self) -> Self:
         if (self.task == "sequence-classification") != (self.labels is not None):
-            raise ValueError("'labels' (how many classes) goes with task = \"sequence-classification\", and only with it")
+            raise ValueError(
+                "'labels' (how many classes) goes with task = \"sequence-classification\", and only with it"
+            )
         return self
 
 
@@ -142,7 +144,7 @@ class Aggregation(Settings):
     `learning_rate` is η, `beta1`/`beta2` are β₁/β₂ and `tau` is τ of Algorithm 2.
     """
 
-    rule: Literal["mean"] = "mean"
+    rule: str = "mean"
     weighting: Literal["examples", "uniform"] = "examples"
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
     learning_rate: PositiveFloat = 1.0
@@ -205,13 +207,23 @@ class Plan(Settings):
     @field_validator("tuning", mode="before")
     @classmethod
     def _settings_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds: Mapping[str, type[TuningSettings]] = (info.context or {})["tuning_kinds"]
+        assert info.context is not None
+        kinds: TuningKinds = info.context["tuning_kinds"]
         if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
             raise ValueError(f"'kind' (a string) is missing; known are: {', '.join(sorted(kinds))}")
         kind = value["kind"]
         if kind not in kinds:
             raise ValueError(f"no tuning method {kind!r}. {did_you_mean(kind, kinds)}")
         return kinds[kind].model_validate(value)
+
+    @field_validator("aggregation")
+    @classmethod
+    def _known_rule(cls, value: Aggregation, info: ValidationInfo) -> Aggregation:
+        assert info.context is not None
+        rules: Collection[str] | None = info.context["rules"]
+        if rules is not None and value.rule not in rules:
+            raise ValueError(f"no aggregation rule {value.rule!r}. {did_you_mean(value.rule, rules)}")
+        return value
 
     @model_validator(mode="after")
     def _honours_what_it_says(self) -> Self:
@@ -223,7 +235,9 @@ class Plan(Settings):
 
     def canonical(self) -> bytes:
         """The bytes that are digested and signed: sorted, compact UTF-8 JSON with every default written out."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
 
     @property
     def digest(self) -> str:
@@ -231,8 +245,16 @@ class Plan(Settings):
         return hashlib.sha256(self.canonical()).hexdigest()
 
 
-def parse(text: str, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object = "Plan") -> Plan:
+TuningKinds: TypeAlias = Mapping[str, type[TuningSettings]]
+"""Settings by `kind`, as `farfield.emulator.methods.registered()` gives them."""
+
+
+def parse(text: str, tuning_kinds: TuningKinds, rules: Collection[str] | None, *, where: object = "Plan") -> Plan:
     """The Plan that `text` (TOML) describes.
+
+    Args:
+        rules: names of the aggregation rules that may be asked for; None, at a client, leaves that to the coordinator.
+        where: what an error message calls the text.
 
     Raises:
         PlanError: the text is no TOML or no valid Plan; names the key's path and, for an unknown key, the nearest one.
@@ -241,64 +263,55 @@ def parse(text: str, tuning_kinds: Mapping[str, type[TuningSettings]], *, where:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"not valid TOML: {error}", where=where) from None
-    return from_document(document, tuning_kinds, where=where)
-
-
-def from_canonical(raw: bytes, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object = "Plan") -> Plan:
-    """The Plan whose canonical bytes are `raw`. Raises PlanError as `parse` does."""
     try:
-        document = json.loads(raw)
-    except ValueError as error:
-        raise PlanError(f"not the canonical form of a Plan: {error}", where=where) from None
-    return from_document(document, tuning_kinds, where=where)
-
-
-def load(path: Path, tuning_kinds: Mapping[str, type[TuningSettings]]) -> Plan:
-    """The Plan in the file `path`. Raises PlanError as `parse` does, and when the file cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PlanError("no such file", where=path, hint="Give the path of a Plan, for example examples/quickstart.toml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot be read as UTF-8 text: {error}", where=path) from None
-    return parse(text, tuning_kinds, where=path)
-
-
-def from_document(document: Any, tuning_kinds: Mapping[str, type[TuningSettings]], *, where: object) -> Plan:
-    try:
-        return Plan.model_validate(document, context={"tuning_kinds": tuning_kinds})
+        return Plan.model_validate(document, context={"tuning_kinds": tuning_kinds, "rules": rules})
     except ValidationError as error:
         raise _explained(error, tuning_kinds, document, where) from None
 
 
-def _explained(
-    error: ValidationError, kinds: Mapping[str, type[TuningSettings]], document: Any, where: object
-) -> PlanError:
+def load(path: Path, tuning_kinds: TuningKinds, rules: Collection[str] | None) -> Plan:
+    """The Plan in the file `path`. Raises PlanError as `parse` does, and when the file cannot be read."""
+    return parse(read(path), tuning_kinds, rules, where=path)
+
+
+def read(path: Path) -> str:
+    """The text of a Plan's file. Raises PlanError when there is none that can be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = "Give the path of a Plan, for example examples/quickstart.toml."
+        raise PlanError("no such file", where=path, hint=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read as UTF-8 text: {error}", where=path) from None
+
+
+def _explained(error: ValidationError, kinds: TuningKinds, document: dict[str, Any], where: object) -> PlanError:
     """The first complaint of pydantic as one sentence about one key."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "lax", "strict"))]
-    if error.title in {kind.__name__ for kind in kinds.values()}:
-        path = ["tuning", *path]
+    path = [str(part) for part in first["loc"]]
     key = ".".join(path) or "Plan"
     match first["type"]:
         case "extra_forbidden":
-            known = _known_keys(path[:-1], kinds, document)
-            return PlanError(f"unknown key '{key}'", where=where, hint=did_you_mean(path[-1], known))
+            return PlanError(
+                f"unknown key '{key}'",
+                where=where,
+                hint=did_you_mean(path[-1], _known_keys(path[:-1], kinds, document)),
+            )
         case "missing":
             return PlanError(f"'{key}' is missing", where=where, hint="docs/plan.md lists every key.")
         case "value_error":
-            return PlanError(f"{key}: {first['ctx']['error']}", where=where)
+            return PlanError(f"{key}: {first['ctx']['error']}" if path else str(first["ctx"]["error"]), where=where)
         case "literal_error":
             return PlanError(f"{key} = {first['input']!r} is not one of {first['ctx']['expected']}", where=where)
         case _:
             return PlanError(f"{key} = {first['input']!r}: {first['msg']}", where=where)
 
 
-def _known_keys(path: list[str], kinds: Mapping[str, type[TuningSettings]], document: Any) -> set[str]:
+def _known_keys(path: list[str], kinds: TuningKinds, document: dict[str, Any]) -> set[str]:
     if not path:
         return set(Plan.model_fields)
     if path[0] == "tuning":
         return set(kinds[document["tuning"]["kind"]].model_fields)
     section = Plan.model_fields[path[0]].annotation
-    candidates = [section, *get_args(section)]
-    return {name for one in candidates if isinstance(one, type) and issubclass(one, Settings) for name in one.model_fields}
+    assert isinstance(section, type) and issubclass(section, Settings)
+    return set(section.model_fields)

@@ -1,0 +1,17 @@
+"""Aggregation rules: how the updates of a round become one.
+
+A `SumRule` needs nothing but a weighted sum, so secure aggregation can carry it; a `ViewRule` has to see each update.
+One rule, one file, under `@register`; the Plan's `aggregation.rule` then knows it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .rule import SumRule, ViewRule, register, registered
+
+__all__ = ["SumRule", "ViewRule", "register", "registered"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,67 @@
+# Every target works on a fresh machine with Python 3.11 and make: the environment it needs is made first, in .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PROTOS := $(wildcard protocols/*.proto)
+
+.PHONY: help demo test test-slow check format bench protos clean
+
+help:
+	@echo "make demo       a federation of eight clients on this machine, in minutes"
+	@echo "make test       the tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make check      formatting, lint, types, import boundaries"
+	@echo "make bench      the benchmarks; BENCH_ARGS are passed on"
+	@echo "make format     reformat the code"
+	@echo "make protos     generate the code for protocols/*.proto"
+
+.venv/pip: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@touch $@
+
+.venv/product: .venv/pip pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev: .venv/product
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/product
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+demo: .venv/product
+	$(BIN)/coordinator simulate examples/quickstart.toml --clients 8 --compare --json runs/demo.json
+
+test: .venv/dev
+	$(BIN)/pytest --durations=5
+
+test-slow: .venv/dev
+	$(BIN)/pytest -m slow --durations=5
+
+check: .venv/dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy -p farfield
+	$(BIN)/mypy examples benchmarks tests
+	$(BIN)/lint-imports
+
+format: .venv/dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/bench
+	$(BIN)/python benchmarks/sst2.py $(BENCH_ARGS)
+
+OUT ?= .
+
+protos: .venv/dev
+	@mkdir -p build/protos
+	$(BIN)/python -m grpc_tools.protoc --proto_path=farfield/protocols=protocols \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=quiet:build/protos --python_out=build/protos \
+		$(PROTOS:%=farfield/%)
+
+clean:
+	rm -rf .venv build dist *.egg-info

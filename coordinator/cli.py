@@ -1,0 +1,105 @@
+"""The `coordinator` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from farfield.protocols.errors import FarfieldError
+from rich.console import Console
+
+app = typer.Typer(
+    help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="The Plan, a TOML file.")],
+    clients: Annotated[int | None, typer.Option(min=1, help="How many clients to simulate.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="One file or folder per client; without it, the clients hold prose of Python's standard library."
+        ),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run (its folder, or its name below --runs).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability that a client vanishes from a round.")
+    ] = None,
+    stragglers: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability that a client answers too late.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train on the pooled data with as many steps.")
+    ] = False,
+) -> None:
+    """Run a federation in this process, with the messages and the training of a real one."""
+    from .console import SimulationConsole, print_result
+    from .simulate import Request, simulate
+    from .simulation import Faults
+
+    faults = None if dropout is None and stragglers is None else Faults(dropout or 0.0, stragglers or 0.0)
+    console = Console()
+    request = Request(plan, clients, data, runs, resume, faults, compare)
+    with SimulationConsole(console) as progress:
+        result = simulate(request, progress)
+    print_result(console, result)
+    if json_file is not None:
+        from .runs import writing
+
+        with writing(json_file):
+            json_file.write_text(json.dumps(result.document(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Fold the adapter into the backbone: a Hugging Face folder.")
+    ] = False,
+) -> None:
+    """Write a run's adapter in peft's format, or merged into its backbone."""
+    from .export import export
+
+    number = export(run, out, merged=merged)
+    what = "Model with the adapter of round" if merged else "Adapter of round"
+    Console().print(f"{what} {number} written to {out}", highlight=False, soft_wrap=True)
+
+
+@plan_app.command("check")
+def plan_check(plan: Annotated[Path, typer.Argument(help="The Plan, a TOML file.")]) -> None:
+    """Validate a Plan, print its digest and what it will do."""
+    from . import plans
+    from .console import print_plan
+
+    print_plan(Console(), plans.load(plan))
+
+
+def main() -> None:
+    """Entry point: an error that the user can put right is one line on stderr and status 2; Ctrl-C is status 130."""
+    try:
+        app(standalone_mode=True)
+    except FarfieldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. Finished rounds are kept; --resume RUN goes on with them.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

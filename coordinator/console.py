@@ -1,0 +1,174 @@
+"""What the coordinator's commands print: a bar and a table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from farfield.protocols.plan import Plan
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .runs import RoundRecord, RunInfo
+from .simulate import Result
+from .simulation import improvement
+
+_COLUMNS = (
+    ("round", 5),
+    ("clients", 7),
+    ("train loss", 10),
+    ("held-out", 9),
+    ("accuracy", 8),
+    ("down", 9),
+    ("up", 9),
+    ("time", 7),
+)
+
+
+def size(count: float) -> str:
+    """A number of bytes as a person reads it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class SimulationConsole:
+    """Reports a simulation: rounds as lines of a table, the work within a round as a bar (on a terminal only)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._whole: TaskID | None = None
+        self._part = self._bar.add_task("starting", total=None, visible=False)
+        self._rounds = 0
+
+    def __enter__(self) -> SimulationConsole:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def on_preparing(self, done: int, clients: int) -> None:
+        self._show("reading the clients' data", done, clients)
+
+    def on_start(self, folder: Path, info: RunInfo, done: list[RoundRecord], rounds: int) -> None:
+        finished = max((record.round for record in done), default=0)
+        state = f"resumed after round {finished}" if done else f"{rounds} rounds"
+        self._console.print(f"Run [bold]{info.run}[/] in {folder}: {info.clients} clients, {state}", highlight=False)
+        self._whole = self._bar.add_task("rounds", total=rounds, completed=finished)
+        self._rounds = rounds
+        self._line(*(title for title, _ in _COLUMNS), style="bold")
+        for record in done:
+            self._row(record)
+
+    def on_client(self, number: int, activity: str, done: int, clients: int) -> None:
+        self._show(f"round {number}: {activity}", done, clients)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self._row(record)
+        if self._whole is not None:
+            self._bar.update(self._whole, completed=record.round)
+        for node, problem in record.problems.items():
+            self._console.print(f"        {node}: {problem}", style="yellow", highlight=False, markup=False)
+
+    def on_baseline(self, done: int, steps: int, loss: float) -> None:
+        self._show(f"centralised, for comparison (loss {loss:.3f})", done, steps)
+
+    def _show(self, description: str, done: int, total: int) -> None:
+        self._bar.update(self._part, description=description, completed=done, total=total, visible=done < total)
+
+    def _row(self, record: RoundRecord) -> None:
+        self._line(
+            str(record.round) if record.round else "start",
+            str(record.clients) if record.round else "",
+            _number(record.train_loss),
+            _number(record.eval_loss),
+            "" if record.eval_accuracy is None else f"{record.eval_accuracy:.1%}",
+            size(record.bytes_down),
+            size(record.bytes_up),
+            f"{record.seconds:.1f} s",
+        )
+
+    def _line(self, *cells: str, style: str = "") -> None:
+        padded = (cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+        self._console.print("  ".join(padded), style=style, highlight=False)
+
+
+def print_result(console: Console, result: Result) -> None:
+    """The end of a simulation: what it changed, what it is measured against, and where it is."""
+    console.print()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    gain = improvement(result.eval_loss_before, result.eval_loss_after)
+    table.add_row("Held-out loss before", _number(result.eval_loss_before), "text that no client trained on")
+    table.add_row("Federated", _number(result.eval_loss_after), "" if gain is None else f"{gain:.1%} lower")
+    if result.centralised is not None:
+        central = improvement(result.eval_loss_before, result.centralised.eval_loss)
+        text = (
+            "" if central is None else f"{central:.1%} lower, with {result.centralised.steps} steps on the pooled data"
+        )
+        if gain is not None and central:
+            text += f"; federated reaches {gain / central:.0%} of that"
+        table.add_row("Centralised", _number(result.centralised.eval_loss), text)
+    console.print(table, highlight=False)
+    console.print(f"\n[bold]Adapter[/]  {result.folder / 'adapter'}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]Digest[/]   {result.adapter_digest}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]Plot[/]     {result.folder / 'loss.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Merge it into the backbone with: coordinator export {result.folder} OUT --merged",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """`coordinator plan check`: the digest, and what the Plan will do, in words."""
+    training, cohort, rule = plan.training, plan.cohort, plan.aggregation
+    budget = f"{training.steps} steps" if training.steps else f"{training.epochs} epochs"
+    batch = training.batch_size * training.gradient_accumulation
+    asked = (
+        f"{cohort.size} clients" if cohort.size
+        else f"{cohort.fraction:.0%} of the clients present" if cohort.fraction
+        else "every client present"
+    )  # fmt: skip
+    tuning = ", ".join(f"{key} {value}" for key, value in plan.tuning.model_dump().items() if key != "kind")
+    optimizer = "" if rule.server_optimizer == "none" else f", then server {rule.server_optimizer}"
+    proximal = f", FedProx with μ {training.proximal_mu:g}" if training.proximal_mu else ""
+    rows = {
+        "digest": plan.digest,
+        "backbone": f"{plan.model.backbone}, {plan.model.task}, {plan.model.dtype}",
+        "tuning": f"{plan.tuning.kind} ({tuning})",
+        "rounds": f"{training.rounds}, each with {asked}, at least {cohort.minimum}",
+        "a client's work": f"{budget} of {batch} examples of at most {plan.data.max_length} tokens, "
+        f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}){proximal}",
+        "aggregation": f"{rule.rule}, weighted by {rule.weighting}{optimizer}",
+        "evaluation": f"every {plan.evaluation.every} round(s), on {plan.data.held_out:.0%} of the examples of up to "
+        f"{plan.evaluation.clients} clients",
+        "on the wire": f"adapter tensors in {plan.delivery.dtype}",
+        "protection": "none: the coordinator can read each client's update",
+        "privacy": "none: no differential privacy",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table, highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,47 @@
+"""A finished run as files that other programs read: an adapter in `peft`'s format, or a merged Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from farfield.emulator import backbone
+from farfield.protocols.errors import RunError
+
+from . import plans
+from .runs import RunFolder, writing
+
+
+def export(run: Path, out: Path, *, merged: bool) -> int:
+    """Write the adapter after the run's last finished round to `out`, and return that round's number.
+
+    With `merged`, `out` becomes a model folder with the adapter folded into the backbone, in the Plan's dtype, with the
+    tokenizer beside it.
+
+    Raises:
+        RunError: `run` is no run, has no finished round, its backbone is not what it was, or `out` cannot be written.
+        TuningError: the tuning method has nothing to fold in.
+    """
+    folder = RunFolder.open(run)
+    info = folder.info
+    plan = plans.parse(folder.plan_text, where=folder.path / "plan.toml")
+    finished = folder.rounds()
+    if not finished or not finished[-1]:
+        raise RunError("no round has been finished yet", where=folder.path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError("exists and is not empty", where=out, hint="Give a new folder.")
+    model_folder = Path(info.backbone)
+    backbone.check(model_folder)
+    if backbone.fingerprint(model_folder) != info.backbone_fingerprint:
+        raise RunError("the backbone has changed since this run", where=model_folder)
+
+    from farfield.emulator.bench import Bench
+
+    bench = Bench(plan, model_folder)
+    bench.load(folder.load(finished[-1]).adapter)
+    with writing(out):
+        if merged:
+            bench.method.merge(bench.tuned).save_pretrained(out)
+            bench.tokenizer.save_pretrained(out)
+        else:
+            bench.method.save(bench.tuned, out)
+    return finished[-1]

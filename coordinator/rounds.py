@@ -1,0 +1,282 @@
+"""One round as a state machine without I/O.
+
+    round = TrainingRound(plan, run, number, adapter, cohort, rule, now)
+    round.tasks()                     what to send, and to whom
+    round.receive(reply, now)         once per reply, in the order they come; its update is added and forgotten
+    round.lose(node, reason)          a participant that will not answer
+    round.tick(now)                   closes the round when its time is up
+    round.closed, round.result()      nothing more will change; the aggregate, or None with too few updates
+
+The Flower driver and the in-process simulator drive the same object. A round never sleeps, reads no clock and touches
+neither disk nor network; `now` is in seconds on any clock that does not go backwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from farfield.protocols.errors import WireError
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
+from farfield.protocols.plan import Cohort, Plan
+from farfield.protocols.seeds import derive
+from farfield.protocols.tensors import State, pack_state, unpack
+
+from .aggregation import SumRule
+
+
+class Verdict(Enum):
+    """What became of a reply."""
+
+    ACCEPTED = "accepted"
+    LATE = "late"
+    STRAY = "stray"
+    FAILED = "failed"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """What a training round came to.
+
+    Attributes:
+        update: Δ, the aggregated update, float32, by tensor name.
+        loss: mean training loss of the counted clients in nats, weighted by their targets.
+        clients: nodes whose updates were counted.
+    """
+
+    update: State
+    loss: float
+    clients: tuple[str, ...]
+    examples: int
+    targets: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An adapter measured over several clients' held-out examples: loss in nats per target, hits per target."""
+
+    loss: float
+    accuracy: float
+    targets: int
+    clients: tuple[str, ...]
+
+
+def cohort_size(settings: Cohort, present: int) -> int:
+    """How many of `present` clients one round asks."""
+    if settings.size is not None:
+        return min(settings.size, present)
+    if settings.fraction is not None:
+        return min(present, max(settings.minimum, round(settings.fraction * present)))
+    return present
+
+
+def sample_cohort(plan: Plan, number: int, present: Iterable[str]) -> list[str]:
+    """The nodes of round `number`: uniformly, without replacement, the same for the same Plan and the same nodes."""
+    nodes = sorted(present)
+    generator = random.Random(derive(plan.training.seed, "cohort", number))
+    return sorted(generator.sample(nodes, cohort_size(plan.cohort, len(nodes))))
+
+
+def sample_evaluators(plan: Plan, present: Iterable[str]) -> list[str]:
+    """The nodes that measure the adapter: the same ones every time, so that losses can be compared over rounds."""
+    nodes = sorted(present)
+    generator = random.Random(derive(plan.training.seed, "evaluators"))
+    return sorted(generator.sample(nodes, min(plan.evaluation.clients, len(nodes))))
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """Who was asked, who still owes an answer, and what went wrong: the part that all rounds share."""
+
+    plan: Plan
+    run: str
+    number: int
+    nodes: tuple[str, ...]
+    deadline: float
+    waiting: set[str] = field(init=False)
+    expired: bool = False
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = set(self.nodes)
+
+    @property
+    def closed(self) -> bool:
+        return self.expired or not self.waiting
+
+    def admit(self, reply: Reply, now: float) -> Verdict | None:
+        """None for a reply that may count; the sender is then no longer waited for."""
+        addressed = (reply.run, reply.round, reply.plan_digest) == (self.run, self.number, self.plan.digest)
+        if not addressed or reply.node not in self.nodes:
+            return Verdict.STRAY
+        self.tick(now)
+        if reply.node not in self.waiting:
+            return Verdict.LATE if reply.node in self.problems else Verdict.STRAY
+        self.waiting.discard(reply.node)
+        if isinstance(reply.outcome, Failed):
+            self.problems[reply.node] = reply.outcome.reason
+            return Verdict.FAILED
+        return None
+
+    def lose(self, node: str, reason: str) -> None:
+        if node in self.waiting:
+            self.waiting.discard(node)
+            self.problems[node] = reason
+
+    def tick(self, now: float) -> None:
+        if not self.expired and now >= self.deadline:
+            self.expired = True
+            for node in sorted(self.waiting):
+                self.lose(node, f"no answer within {self.plan.cohort.round_seconds:g} s")
+
+    def reject(self, node: str, reason: str) -> Verdict:
+        self.problems[node] = reason
+        return Verdict.INVALID
+
+
+class TrainingRound:
+    """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
+
+    Memory is one update's size whatever the number of clients. `problems` says by node what went wrong.
+    """
+
+    def __init__(
+        self, plan: Plan, run: str, number: int, adapter: State, cohort: Sequence[str], rule: SumRule, now: float
+    ) -> None:
+        self._rule = rule
+        self._adapter = pack_state(adapter, plan.delivery.dtype)
+        self._shapes = {name: array.shape for name, array in adapter.items()}
+        self._ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds)
+        self._sum: State = {}
+        self._weight = 0.0
+        self._counted: list[str] = []
+        self._examples = self._targets = self._steps = 0
+        self._loss = 0.0
+
+    @property
+    def closed(self) -> bool:
+        return self._ledger.closed
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        return self._ledger.problems
+
+    def tasks(self) -> Iterable[Task]:
+        return _tasks(self._ledger, Train(self._adapter))
+
+    def lose(self, node: str, reason: str) -> None:
+        self._ledger.lose(node, reason)
+
+    def tick(self, now: float) -> None:
+        self._ledger.tick(now)
+
+    def receive(self, reply: Reply, now: float) -> Verdict:
+        """Count the reply, if it may count. A reply that is not counted changes no number."""
+        refused = self._ledger.admit(reply, now)
+        if refused is not None:
+            return refused
+        if not isinstance(reply.outcome, Trained):
+            return self._ledger.reject(reply.node, "answered a training task with something else")
+        try:
+            update = self._checked(reply.outcome)
+        except WireError as error:
+            return self._ledger.reject(reply.node, str(error))
+        self._add(reply.node, reply.outcome, update)
+        return Verdict.ACCEPTED
+
+    def result(self) -> Aggregate | None:
+        """The aggregate of a closed round, once; None when fewer than `cohort.minimum` updates came."""
+        if not self.closed:
+            raise RuntimeError("the round is still open")
+        if len(self._counted) < self._ledger.plan.cohort.minimum:
+            return None
+        update = self._rule.finish(self._sum, self._weight)
+        self._sum = {}
+        loss = self._loss / self._targets
+        return Aggregate(update, loss, tuple(self._counted), self._examples, self._targets, self._steps)
+
+    def _checked(self, trained: Trained) -> State:
+        """The update's arrays, if they are what was asked for and finite."""
+        if not (trained.examples and trained.targets):
+            raise WireError("an update from no example")
+        shapes = {name: tensor.shape for name, tensor in trained.update.items()}
+        if shapes != self._shapes:
+            odd = sorted(set(shapes.items()) ^ set(self._shapes.items()))
+            raise WireError(f"the update's tensors differ from the adapter's, first at {odd[0][0]!r} {odd[0][1]}")
+        update = {name: unpack(tensor) for name, tensor in trained.update.items()}
+        for name, array in update.items():
+            if not np.isfinite(array).all():
+                raise WireError(f"the update has values that are not finite, first in {name!r}")
+        return update
+
+    def _add(self, node: str, trained: Trained, update: State) -> None:
+        weight = self._rule.weight(trained)
+        for name, array in update.items():
+            if name in self._sum:
+                self._sum[name] += np.float32(weight) * array
+            else:
+                self._sum[name] = np.float32(weight) * array
+        self._weight += weight
+        self._counted.append(node)
+        self._examples += trained.examples
+        self._targets += trained.targets
+        self._steps += trained.steps
+        self._loss += trained.loss * trained.targets
+
+
+class EvaluationRound:
+    """Several clients measure one adapter on what they held out. Driven like a TrainingRound."""
+
+    def __init__(
+        self, plan: Plan, run: str, number: int, adapter: State, evaluators: Sequence[str], now: float
+    ) -> None:
+        self._adapter = pack_state(adapter, plan.delivery.dtype)
+        self._ledger = _Ledger(plan, run, number, tuple(evaluators), now + plan.cohort.round_seconds)
+        self._scores: dict[str, Evaluated] = {}
+
+    @property
+    def closed(self) -> bool:
+        return self._ledger.closed
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        return self._ledger.problems
+
+    def tasks(self) -> Iterable[Task]:
+        return _tasks(self._ledger, Evaluate(self._adapter))
+
+    def lose(self, node: str, reason: str) -> None:
+        self._ledger.lose(node, reason)
+
+    def tick(self, now: float) -> None:
+        self._ledger.tick(now)
+
+    def receive(self, reply: Reply, now: float) -> Verdict:
+        refused = self._ledger.admit(reply, now)
+        if refused is not None:
+            return refused
+        if not isinstance(reply.outcome, Evaluated) or reply.outcome.targets == 0:
+            return self._ledger.reject(reply.node, "answered an evaluation task with no measurement")
+        self._scores[reply.node] = reply.outcome
+        return Verdict.ACCEPTED
+
+    def result(self) -> Score | None:
+        """Loss and accuracy over all targets together; None when nobody answered."""
+        if not self.closed:
+            raise RuntimeError("the round is still open")
+        scores = self._scores.values()
+        targets = sum(score.targets for score in scores)
+        if not targets:
+            return None
+        loss = sum(score.loss * score.targets for score in scores) / targets
+        return Score(loss, sum(score.correct for score in scores) / targets, targets, tuple(sorted(self._scores)))
+
+
+def _tasks(ledger: _Ledger, work: Train | Evaluate) -> Iterable[Task]:
+    for node in ledger.nodes:
+        yield Task(ledger.run, ledger.number, node, ledger.plan.digest, work)

@@ -1,0 +1,222 @@
+"""Run folders: everything that a run leaves on disk, written so that it can be killed at any moment.
+
+    RUN/
+        plan.toml                     the Plan as it was given
+        run.json                      digests, the backbone's folder, and the options outside the Plan
+        checkpoints/round-0007.safetensors    adapter, server-optimiser state and the round's record
+        metrics.jsonl                 one record a round
+        adapter/                      the final adapter in peft's format
+        loss.png  result.json
+
+A checkpoint is written beside its name and then moved there, so it is whole or absent; it carries the round's record,
+so `metrics.jsonl` can be made again from the checkpoints and never disagrees with them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from farfield.protocols.errors import RunError
+from farfield.protocols.tensors import State
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .server_optimizer import Moments
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What one round did: a line of `metrics.jsonl`.
+
+    Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
+    `clients` is how many updates were counted, 0 when the round changed nothing; `problems` says by node what went wrong.
+    """
+
+    round: int
+    clients: int
+    train_loss: float | None
+    eval_loss: float | None
+    eval_accuracy: float | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    steps: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state after a round; round 0 is the state before the first."""
+
+    record: RoundRecord
+    adapter: State
+    moments: Moments
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a run is, besides its Plan: enough to go on with it, or to export it, from the folder alone."""
+
+    run: str
+    plan_digest: str
+    backbone: str
+    backbone_fingerprint: str
+    clients: int
+    data: str | None
+    dropout: float
+    stragglers: float
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, info: RunInfo, plan_text: str) -> RunFolder:
+        """Make the folder. Raises RunError when it exists or cannot be written."""
+        with writing(path):
+            path.mkdir(parents=True)
+            (path / "checkpoints").mkdir()
+            (path / "plan.toml").write_text(plan_text, encoding="utf-8")
+            _write(path / "run.json", json.dumps(asdict(info), indent=2).encode())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The existing folder at `path`. Raises RunError when there is none."""
+        if not (path / "run.json").is_file():
+            raise RunError(
+                "not a run folder", where=path, hint="A run folder holds run.json; `ls` its parent for others."
+            )
+        return cls(path)
+
+    @property
+    def info(self) -> RunInfo:
+        try:
+            return RunInfo(**json.loads((self.path / "run.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"damaged: {error}", where=self.path / "run.json") from None
+
+    @property
+    def plan_text(self) -> str:
+        return (self.path / "plan.toml").read_text(encoding="utf-8")
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.path / "adapter"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from working on this run; the system releases it when this process ends, however it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError("another process is working on this run", where=self.path) from None
+            yield
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint, then its line in metrics.jsonl."""
+        arrays = {
+            f"{group}/{name}": array for group, state in _groups(checkpoint).items() for name, array in state.items()
+        }
+        number = checkpoint.record.round
+        with writing(self.path):
+            raw = save(arrays, metadata={"record": json.dumps(asdict(checkpoint.record))})
+            _write(self._checkpoint(number), raw)
+            if number:
+                with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+                    metrics.write(json.dumps(asdict(checkpoint.record)) + "\n")
+
+    def load(self, number: int) -> Checkpoint:
+        """The checkpoint of round `number`. Raises RunError when it is missing or damaged."""
+        path = self._checkpoint(number)
+        groups: dict[str, State] = {"adapter": {}, "first": {}, "second": {}}
+        try:
+            with safe_open(path, "numpy") as file:
+                record = RoundRecord(**json.loads(file.metadata()["record"]))
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    group, _, name = key.partition("/")
+                    groups[group][name] = file.get_tensor(key)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"cannot be read: {error}", where=path) from None
+        return Checkpoint(record, groups["adapter"], Moments(groups["first"], groups["second"]))
+
+    def rounds(self) -> list[int]:
+        """Numbers of the rounds that have a checkpoint, ascending, 0 included."""
+        found = (re.fullmatch(r"round-(\d+)\.safetensors", path.name) for path in (self.path / "checkpoints").iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def records(self) -> list[RoundRecord]:
+        """The records of all finished rounds, from the checkpoints."""
+        found = []
+        for number in self.rounds():
+            with safe_open(self._checkpoint(number), "numpy") as file:
+                found.append(RoundRecord(**json.loads(file.metadata()["record"])))
+        return found
+
+    def resume(self) -> Checkpoint | None:
+        """The last checkpoint, with metrics.jsonl made to agree; None when the run died before it wrote one."""
+        numbers = self.rounds()
+        if not numbers:
+            return None
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.records() if record.round)
+        with writing(self.path):
+            _write(self.path / "metrics.jsonl", lines.encode())
+        return self.load(numbers[-1])
+
+    def write_json(self, name: str, value: Any) -> None:
+        with writing(self.path):
+            _write(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def _checkpoint(self, number: int) -> Path:
+        return self.path / "checkpoints" / f"round-{number:04d}.safetensors"
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a RunError that says what to do."""
+    try:
+        yield
+    except FileExistsError:
+        raise RunError("exists already", where=where, hint="Give another place, or remove it.") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RunError(
+            f"cannot be written: {reason}",
+            where=error.filename or where,
+            hint="Make room or choose another disk; finished rounds are kept.",
+        ) from None
+
+
+def _groups(checkpoint: Checkpoint) -> dict[str, State]:
+    return {"adapter": checkpoint.adapter, "first": checkpoint.moments.first, "second": checkpoint.moments.second}
+
+
+def _write(path: Path, raw: bytes) -> None:
+    """Put `raw` at `path`, whole or not at all, and on the disk before returning."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

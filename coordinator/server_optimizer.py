@@ -1,0 +1,54 @@
+"""Server optimisers: what the coordinator does with the aggregated update Δ (FedOpt; Reddi et al. 2021, Algorithm 2).
+
+    none       x ← x + η Δ
+    momentum   m ← β₁ m + Δ                                   x ← x + η m          (FedAvgM; Hsu et al. 2019)
+    adam       m ← β₁ m + (1-β₁) Δ;  v ← β₂ v + (1-β₂) Δ²     x ← x + η m / (√v + τ)
+    yogi       m as adam;  v ← v - (1-β₂) Δ² sign(v - Δ²)     x ← x + η m / (√v + τ)
+
+As in the paper there is no bias correction, and v starts at τ².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from farfield.protocols.plan import Aggregation
+from farfield.protocols.tensors import State
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """First and second moment, m and v, by tensor name; empty before the first step."""
+
+    first: State = field(default_factory=dict)
+    second: State = field(default_factory=dict)
+
+
+def step(settings: Aggregation, adapter: State, update: State, moments: Moments) -> tuple[State, Moments]:
+    """The next adapter x and moments. Nothing passed in is changed; all arrays are float32 and keep their shapes."""
+    rate, beta1, beta2, tau = (
+        np.float32(value) for value in (settings.learning_rate, settings.beta1, settings.beta2, settings.tau)
+    )
+    first: State = {}
+    second: State = {}
+    moved: State = {}
+    for name, delta in update.items():
+        x = adapter[name]
+        if settings.server_optimizer == "none":
+            moved[name] = x + rate * delta
+            continue
+        m = moments.first.get(name, np.zeros_like(delta))
+        if settings.server_optimizer == "momentum":
+            first[name] = beta1 * m + delta
+            moved[name] = x + rate * first[name]
+            continue
+        v = moments.second.get(name, np.full_like(delta, tau**2))
+        square = delta * delta
+        first[name] = beta1 * m + (1 - beta1) * delta
+        if settings.server_optimizer == "adam":
+            second[name] = beta2 * v + (1 - beta2) * square
+        else:
+            second[name] = v - (1 - beta2) * square * np.sign(v - square)
+        moved[name] = x + rate * first[name] / (np.sqrt(second[name]) + tau)
+    return {**adapter, **moved}, Moments(first, second)

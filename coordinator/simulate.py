@@ -1,0 +1,169 @@
+"""`coordinator simulate` without its console: from a Plan's file to a finished run folder."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from farfield.emulator import backbone
+from farfield.protocols.errors import RunError
+from farfield.protocols.plan import Plan
+from farfield.protocols.tensors import digest
+
+from . import plans
+from .baseline import Centralised, centralised
+from .runs import RoundRecord, RunFolder, RunInfo, writing
+from .simulation import Faults, Fleet, Observer, Simulation, sources
+
+
+class Progress(Observer, Protocol):
+    """What a simulation and its yardstick report to."""
+
+    def on_start(self, folder: Path, info: RunInfo, done: list[RoundRecord], rounds: int) -> None: ...
+    def on_baseline(self, done: int, steps: int, loss: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for besides the Plan; `resume` is an existing run's folder, or its name below `runs`."""
+
+    plan: Path
+    clients: int | None = None
+    data: Path | None = None
+    runs: Path = Path("runs")
+    resume: str | None = None
+    faults: Faults | None = None
+    compare: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run. Losses are in nats per target on the clients' held-out examples."""
+
+    run: str
+    folder: Path
+    plan_digest: str
+    adapter_digest: str
+    clients: int
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    rounds: list[RoundRecord]
+    centralised: Centralised | None
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """The result as JSON-ready values; `rounds` leaves out the evaluation before the first round."""
+        return asdict(self) | {
+            "folder": str(self.folder),
+            "adapter": str(self.folder / "adapter"),
+            "rounds": [asdict(record) for record in self.rounds if record.round],
+        }
+
+
+def simulate(request: Request, progress: Progress) -> Result:
+    """Run or resume a simulation to its end.
+
+    Raises:
+        FarfieldError: anything the user has to put right; what was finished stays in the run folder.
+    """
+    began = time.monotonic()
+    plan = plans.load(request.plan)
+    folder, info = _opened(request, plan) if request.resume else (None, None)
+    clients = sources(info.clients if info else request.clients, _data(request, info))
+    model_folder = backbone.resolve(plan.model.backbone, request.plan.absolute().parent)
+    backbone.check(model_folder)
+    fingerprint = backbone.fingerprint(model_folder)
+    if info and fingerprint != info.backbone_fingerprint:
+        raise RunError("the backbone has changed since this run began", where=model_folder, hint="Start a new run.")
+
+    from farfield.emulator.bench import Bench
+
+    bench = Bench(plan, model_folder)
+    initial = bench.adapter()
+    fleet = Fleet(plan, bench, clients)
+    fleet.check(progress)
+    if folder is None or info is None:
+        faults = request.faults or Faults()
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
+        data = str(request.data.absolute()) if request.data else None
+        info = RunInfo(
+            name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
+        )
+        folder = RunFolder.create(request.runs / name, info, request.plan.read_text(encoding="utf-8"))
+    with folder.held():
+        done = folder.records()
+        progress.on_start(folder.path, info, done, plan.training.rounds)
+        last = Simulation(plan, folder, fleet, Faults(info.dropout, info.stragglers), progress).go(initial)
+        bench.load(last.adapter)
+        with writing(folder.adapter_folder):
+            bench.method.save(bench.tuned, folder.adapter_folder)
+        records = folder.records()
+        yardstick = None
+        if request.compare:
+            steps = sum(record.steps for record in records)
+            yardstick = centralised(plan, bench, fleet, initial, steps, _counted(progress, steps))
+        measured = [record.eval_loss for record in records if record.eval_loss is not None]
+        result = Result(
+            run=info.run,
+            folder=folder.path,
+            plan_digest=plan.digest,
+            adapter_digest=digest(last.adapter),
+            clients=len(clients),
+            eval_loss_before=records[0].eval_loss,
+            eval_loss_after=measured[-1] if measured else None,
+            rounds=records,
+            centralised=yardstick,
+            seconds=time.monotonic() - began,
+        )
+        folder.write_json("result.json", result.document())
+
+        from .plot import plot_losses
+
+        with writing(folder.path):
+            plot_losses(result, folder.path / "loss.png")
+    return result
+
+
+def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:
+    """The run to resume, if it is one of this Plan and these clients."""
+    assert request.resume is not None
+    path = Path(request.resume)
+    folder = RunFolder.open(path if path.is_dir() else request.runs / request.resume)
+    info = folder.info
+    if info.plan_digest != plan.digest:
+        raise RunError(
+            f"this run belongs to another Plan: {info.plan_digest[:12]}…, not {plan.digest[:12]}…",
+            where=folder.path,
+            hint=f"Its own Plan is {folder.path / 'plan.toml'}; a changed Plan is a new run.",
+        )
+    if request.clients not in (None, info.clients):
+        raise RunError(f"this run has {info.clients} clients, not {request.clients}", where=folder.path)
+    if request.faults not in (None, Faults(info.dropout, info.stragglers)):
+        raise RunError(
+            f"this run has --dropout {info.dropout} --stragglers {info.stragglers}",
+            where=folder.path,
+            hint="Leave the two options out when you resume.",
+        )
+    return folder, info
+
+
+def _data(request: Request, info: RunInfo | None) -> Path | None:
+    if info is None:
+        return request.data
+    return Path(info.data) if info.data else None
+
+
+def _counted(progress: Progress, steps: int) -> Callable[[float], None]:
+    """An `on_step` that numbers its calls."""
+    done = 0
+
+    def on_step(loss: float) -> None:
+        nonlocal done
+        done += 1
+        progress.on_baseline(done, steps, loss)
+
+    return on_step

@@ -1,0 +1,216 @@
+"""Local training and evaluation: what one client does with its examples in one round."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from farfield.emulator.methods import Tuned
+from farfield.kernels import cross_entropy
+from farfield.protocols.plan import Training
+from farfield.protocols.seeds import derive
+from farfield.protocols.tensors import State
+
+from .data import Example, batches, collate
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training did.
+
+    Attributes:
+        update: trained minus starting value of every trained parameter, float32, by name.
+        loss: mean loss in nats over the `targets` (tokens or classes) predicted in `steps` optimiser steps.
+    """
+
+    update: State
+    loss: float
+    targets: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean loss in nats over `targets`, and how many of them had the largest logit."""
+
+    loss: float
+    targets: int
+    correct: int
+
+
+def local_steps(training: Training, examples: int) -> int:
+    """Optimiser steps of one round for a client with so many training examples."""
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None
+    micro_batches = math.ceil(examples / training.batch_size)
+    return training.epochs * math.ceil(micro_batches / training.gradient_accumulation)
+
+
+def learning_rate(training: Training, step: int, horizon: int) -> float:
+    """The rate of optimiser step `step` (from 0) of `horizon`: a linear warm-up, then the Plan's schedule."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(1, horizon - training.warmup_steps)
+    match training.schedule:
+        case "constant":
+            return training.learning_rate
+        case "linear":
+            return training.learning_rate * (1 - progress)
+        case "cosine":
+            return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class MasterWeights:
+    """float32 values of the trained parameters, which the optimiser works on.
+
+    A bfloat16 parameter has 8 bits of mantissa, so most optimiser steps would round to nothing: the model computes with
+    the rounded parameter, and what it has really moved is kept here.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: State) -> None:
+        self._parameters = parameters
+        self._start = {name: torch.from_numpy(np.array(start[name])).to(p.device) for name, p in parameters.items()}
+        self._values = {name: value.clone() for name, value in self._start.items()}
+        self.publish()
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        return list(self._values.values())
+
+    def take_gradients(self) -> None:
+        """Move the parameters' gradients to the masters; a parameter that got none counts as zero."""
+        for name, parameter in self._parameters.items():
+            value = self._values[name]
+            value.grad = torch.zeros_like(value) if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+
+    def pull_back(self, strength: float) -> None:
+        """Add the gradient of FedProx's term, μ/2 ‖w - w₀‖² (Li et al. 2020, eq. 2)."""
+        for name, value in self._values.items():
+            assert value.grad is not None
+            value.grad.add_(value - self._start[name], alpha=strength)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._values[name])
+
+    def update(self) -> State:
+        return {name: (value - self._start[name]).cpu().numpy() for name, value in self._values.items()}
+
+
+def train(
+    tuned: Tuned,
+    start: State,
+    examples: Sequence[Example],
+    training: Training,
+    *,
+    pad_id: int,
+    seed: int,
+    steps: int,
+    first_step: int,
+    horizon: int,
+    on_step: Callable[[float], None] | None = None,
+) -> Outcome:
+    """Make `steps` optimiser steps from `start`; the model is left with what was trained.
+
+    Args:
+        start: float32 starting value of every trained parameter, by name.
+        seed: decides the order of the examples and every dropout mask; the global generator is left as it was.
+        first_step: the number of the first step, and `horizon` how many there are, over all rounds (for the schedule).
+        on_step: called after each step with its mean loss.
+    """
+    device = next(tuned.model.parameters()).device
+    masters = MasterWeights(tuned.trainable(), start)
+    optimizer = _optimizer(training, masters.values)
+    stream = _micro_batches(examples, training, seed)
+    total_loss, total_targets = 0.0, 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "dropout"))
+        tuned.model.train()
+        for step in range(first_step, first_step + steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(training, step, horizon)
+            loss, targets = _accumulate(tuned, next(stream), pad_id, device)
+            if tuned.after_backward is not None:
+                tuned.after_backward(step)
+            masters.take_gradients()
+            if training.proximal_mu:
+                masters.pull_back(training.proximal_mu)
+            if training.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(masters.values, training.max_grad_norm)
+            optimizer.step()
+            masters.publish()
+            total_loss += loss
+            total_targets += targets
+            if on_step is not None:
+                on_step(loss / targets)
+        tuned.model.eval()
+    return Outcome(masters.update(), total_loss / total_targets, total_targets, steps)
+
+
+@torch.no_grad()
+def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_id: int) -> Measured:
+    """Loss and hits over `examples`, without dropout."""
+    device = next(tuned.model.parameters()).device
+    tuned.model.eval()
+    loss, targets, correct = 0.0, 0, 0
+    for batch in batches(examples, batch_size, seed=None, epoch=0):
+        logits, labels = _forward(tuned, collate(batch, pad_id), device)
+        loss += float(cross_entropy.summed(logits, labels))
+        correct += cross_entropy.hits(logits, labels)
+        targets += int((labels != cross_entropy.IGNORED).sum())
+    return Measured(loss / targets, targets, correct)
+
+
+def _optimizer(training: Training, values: list[torch.Tensor]) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            values, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    return torch.optim.AdamW(values, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _micro_batches(examples: Sequence[Example], training: Training, seed: int) -> Iterator[list[list[Example]]]:
+    """For ever: the micro-batches of one optimiser step, epoch after epoch; an epoch's last group may be smaller."""
+    for epoch in itertools.count():
+        epoch_batches = batches(examples, training.batch_size, seed=seed, epoch=epoch)
+        while group := list(itertools.islice(epoch_batches, training.gradient_accumulation)):
+            yield group
+
+
+def _accumulate(tuned: Tuned, group: list[list[Example]], pad_id: int, device: torch.device) -> tuple[float, int]:
+    """Gradients of the mean loss over all targets of the group; returns the summed loss and the number of targets."""
+    collated = [collate(batch, pad_id) for batch in group]
+    targets = sum(int((_targets(one) != cross_entropy.IGNORED).sum()) for one in collated)
+    total = 0.0
+    for one in collated:
+        logits, labels = _forward(tuned, one, device)
+        loss = cross_entropy.summed(logits, labels)
+        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total, targets
+
+
+def _forward(
+    tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels that belong to each other, position by position (a causal model predicts the next token)."""
+    inputs = {name: tensor.to(device) for name, tensor in collated.items() if name != "labels"}
+    logits: torch.Tensor = tuned.model(**inputs).logits
+    labels = _targets(collated).to(device)
+    if labels.ndim == 1:
+        return logits, labels
+    return logits[:, -collated["labels"].shape[1] : -1], labels
+
+
+def _targets(collated: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The labels that are predicted: a class, or every token but the first."""
+    labels = collated["labels"]
+    return labels if labels.ndim == 1 else labels[:, 1:]

@@ -1,0 +1,216 @@
+"""Where a transformer keeps its parts, derived from its structure: the one file that knows how families differ.
+
+No list of model names is consulted. The blocks are the longest stack of look-alike modules, the final norm stands
+beside or above the stack, the head is what the backbone does not contain, and the linear layers are the leaves of the
+blocks that map one width to another. A family that `transformers` adds tomorrow works as soon as it is built like that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from farfield.protocols.errors import BackboneError
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer inside a block.
+
+    Attributes:
+        path: its full name in the model.
+        in_features, out_features: its widths.
+        transposed: its weight is stored as (in, out), as in the `Conv1D` of GPT-2, not as (out, in).
+        bias: whether it has one.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    transposed: bool
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The parts of one model. Paths are those of `named_modules`.
+
+    Attributes:
+        blocks_path: the list that holds the transformer blocks.
+        blocks: the blocks, in the order in which they run.
+        embeddings: token embeddings, or the patch embeddings of an image model.
+        norm: the norm after the last block; None where each block ends with its own (BERT).
+        head: what follows the backbone, in the order of definition: `lm_head`, `score`, `classifier`; DistilBERT has
+            two layers there.
+        linears: every linear layer of every block, sorted by path.
+        hidden_size: the width of the stream between blocks.
+    """
+
+    blocks_path: str
+    blocks: tuple[nn.Module, ...]
+    embeddings: str
+    norm: str | None
+    head: tuple[str, ...]
+    linears: tuple[Linear, ...]
+    hidden_size: int
+
+    def keys_and_values(self) -> tuple[str, ...]:
+        """Paths of the layers that make attention's keys and values, fused with the queries where the model fuses them.
+
+        Structure cannot tell a query from a key, so this goes by the names that implementations give them. Empty when
+        the names are of no known kind.
+        """
+        return tuple(linear.path for linear in self.linears if _KEY_OR_VALUE.search(linear.path))
+
+    def feedforward_outputs(self) -> tuple[str, ...]:
+        """Paths of the layers that lead each feed-forward network back to the hidden width (its second matrix)."""
+        widest: dict[str, Linear] = {}
+        for linear in self.linears:
+            block = _block_of(linear.path, self.blocks_path)
+            if linear.out_features == self.hidden_size and (
+                block not in widest or linear.in_features > widest[block].in_features
+            ):
+                widest[block] = linear
+        return tuple(sorted(linear.path for linear in widest.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueCache:
+    """The keys and values that a decoder keeps of earlier tokens: per layer two tensors (batch, heads, tokens, width)."""
+
+    layers: int
+    heads: int
+    head_width: int
+
+
+_KEY_OR_VALUE = re.compile(r"(^|\.)([kv](_proj|_lin)?|key|value|kv_proj|c_attn|w?qkv(_proj)?|query_key_value)$", re.I)
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """The parts of `model`.
+
+    Raises:
+        BackboneError: the model is not one stack of transformer blocks between embeddings and a head.
+    """
+    name = type(model).__name__
+    path, blocks = _stack(model, name)
+    embeddings = _path_of(model, model.get_input_embeddings())
+    if embeddings is None:
+        raise BackboneError("no token or patch embeddings were found", where=name)
+    hidden = _hidden_size(model, name)
+    linears = tuple(sorted(_linears(path, blocks), key=lambda linear: linear.path))
+    return Architecture(path, blocks, embeddings, _final_norm(model, path, hidden), _head(model, path), linears, hidden)
+
+
+def key_value_cache(model: PreTrainedModel) -> KeyValueCache | None:
+    """The cache that `model` keeps, found by running it on one token; None for encoders and for models without tokens.
+
+    Configurations are no guide here: GPT-NeoX says of itself that it is no decoder, and the number of heads that share
+    a key has a name of its own in every family.
+
+    Raises:
+        BackboneError: the layers of the cache differ in shape.
+    """
+    if model.main_input_name != "input_ids":
+        return None
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        kept = getattr(model.base_model(input_ids=token, use_cache=True), "past_key_values", None)
+    model.train(was_training)
+    layers = getattr(kept, "layers", None)
+    if not layers:
+        return None
+    shapes = {tuple(states.shape) for layer in layers for states in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise BackboneError(f"the layers keep keys of different shapes: {sorted(shapes)}", where=type(model).__name__)
+    ((_, heads, _, width),) = shapes
+    return KeyValueCache(len(layers), heads, width)
+
+
+def _stack(model: nn.Module, name: str) -> tuple[str, tuple[nn.Module, ...]]:
+    """The only outermost list of modules with linear layers in them."""
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(any(_linears("", (one,))) for one in module)
+    }
+    # A mixture of experts keeps a list inside each block: only lists within no other list are stacks of blocks.
+    outermost = {path: module for path, module in lists.items() if not any(path.startswith(f"{one}.") for one in lists)}
+    if not outermost:
+        raise BackboneError("no list of transformer blocks was found", where=name)
+    if len(outermost) > 1:
+        raise BackboneError(
+            f"more than one stack of transformer blocks was found ({', '.join(sorted(outermost))})",
+            where=name,
+            hint="Farfield tunes decoder-only and encoder-only models.",
+        )
+    ((path, blocks),) = outermost.items()
+    return path, tuple(blocks)
+
+
+def _linears(prefix: str, blocks: tuple[nn.Module, ...]) -> Iterator[Linear]:
+    """The leaves that map one width to another: `nn.Linear`, its quantised kin, and the `Conv1D` of GPT-2."""
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules(prefix=f"{prefix}.{index}"):
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) is not None
+            if weight is None or next(module.children(), None) is not None:
+                continue
+            if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
+                yield Linear(path, int(module.in_features), int(module.out_features), False, bias)
+            elif isinstance(getattr(module, "nx", None), int) and isinstance(getattr(module, "nf", None), int):
+                yield Linear(path, int(module.nx), int(module.nf), True, bias)
+
+
+def _hidden_size(model: PreTrainedModel, name: str) -> int:
+    hidden = getattr(model.config.get_text_config(), "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise BackboneError("its configuration gives no hidden_size", where=name)
+    return hidden
+
+
+def _final_norm(model: nn.Module, blocks: str, hidden: int) -> str | None:
+    """The norm among the children of the modules that contain the stack, from the inside out.
+
+    Where there are several, it is the last one defined: BLOOM also has one between its embeddings and its blocks.
+    """
+    owner = blocks
+    while owner:
+        owner = owner.rpartition(".")[0]
+        norms = [name for name, module in model.get_submodule(owner).named_children() if _is_norm(module, hidden)]
+        if norms:
+            return f"{owner}.{norms[-1]}" if owner else norms[-1]
+    return None
+
+
+def _is_norm(module: nn.Module, hidden: int) -> bool:
+    parameters = list(module.parameters())
+    return "norm" in type(module).__name__.lower() and all(tuple(one.shape) == (hidden,) for one in parameters)
+
+
+def _head(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
+    output = _path_of(model, model.get_output_embeddings())
+    if output is not None:
+        return (output,)
+    backbone = blocks.split(".")[0]
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != backbone and next(module.parameters(), None) is not None
+    )
+
+
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    return next((path for path, module in model.named_modules() if module is wanted), None)
+
+
+def _block_of(path: str, blocks: str) -> str:
+    return path[len(blocks) + 1 :].split(".", 1)[0]

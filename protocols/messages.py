@@ -1,0 +1,101 @@
+"""Task and Reply: all that crosses the wire between a round and a participant.
+
+A participant is anything with `perform(task) -> reply`. `codec.py` turns these values into bytes and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from .tensors import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train from `adapter` on your own examples and return what changed."""
+
+    adapter: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Measure `adapter` on your own held-out examples."""
+
+    adapter: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a participant is asked to do.
+
+    Attributes:
+        run: the run's name.
+        round: the round's number, from 1; 0 is the evaluation before the first.
+        node: the participant that this task is for.
+        plan_digest: SHA-256 of the Plan's canonical bytes, hexadecimal.
+    """
+
+    run: str
+    round: int
+    node: str
+    plan_digest: str
+    work: Train | Evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one client's training changed.
+
+    Attributes:
+        update: trained minus received value of every tensor of the adapter.
+        examples: number of training examples that the client holds; the weight of its update.
+        targets: number of tokens or classes that were predicted, over all steps.
+        steps: optimiser steps made.
+        loss: mean training loss over the targets of all steps, in nats.
+    """
+
+    update: Mapping[str, Tensor]
+    examples: int
+    targets: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The adapter measured on one client's held-out examples: mean loss in nats over `targets`, and how many it hit."""
+
+    examples: int
+    targets: int
+    loss: float
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The participant could not, or would not; `reason` is for a person."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a participant answers; the first four attributes repeat its Task's."""
+
+    run: str
+    round: int
+    node: str
+    plan_digest: str
+    outcome: Trained | Evaluated | Failed
+
+    @classmethod
+    def to(cls, task: Task, outcome: Trained | Evaluated | Failed) -> Reply:
+        return cls(task.run, task.round, task.node, task.plan_digest, outcome)
+
+
+class Participant(Protocol):
+    """Anything that performs tasks: a simulated client, or the worker behind a connection."""
+
+    def perform(self, task: Task) -> Reply: ...
