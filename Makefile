@@ -55,13 +55,11 @@ format: .venv/dev
 bench: .venv/bench
 	$(BIN)/python benchmarks/sst2.py $(BENCH_ARGS)
 
-OUT ?= .
-
 protos: .venv/dev
-	@mkdir -p build/protos
-	$(BIN)/python -m grpc_tools.protoc --proto_path=farfield/protocols=protocols \
-		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=quiet:build/protos --python_out=build/protos \
-		$(PROTOS:%=farfield/%)
+	mkdir -p build/protos
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=farfield/protocols=protocols \
+		--python_out=build/protos --mypy_out=quiet:build/protos $(PROTOS:%=farfield/%)
+	cp build/protos/farfield/protocols/*_pb2.py* protocols/
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -37,7 +37,7 @@ class RoundRecord:
     """What one round did: a line of `metrics.jsonl`.
 
     Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
-    `clients` is how many updates were counted, 0 when the round changed nothing; `problems` says by node what went wrong.
+    `clients` is how many updates were counted, 0 when the round changed nothing; `problems` says by node what was wrong.
     """
 
     round: int
@@ -117,7 +117,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from working on this run; the system releases it when this process ends, however it ends.
+        """Keep other processes from working on this run; released by the system when this process ends, even if killed.
 
         Raises:
             RunError: another process holds it.

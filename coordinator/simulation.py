@@ -1,8 +1,8 @@
 """A whole federation in one process: the same rounds, messages and worker as a deployment, without the network.
 
 Every task and every reply goes through the codec as bytes, and those bytes are what is counted. One bench (a backbone
-with the tuning method installed) serves all clients in turn, and only the last few clients' examples are kept, so memory
-does not grow with the number of clients.
+with the tuning method installed) serves all clients in turn, and only the last few clients' examples are kept, so
+memory does not grow with the number of clients.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From records to examples and batches: everything between a client's text and the tensors that training sees.
 
-A record is tokenised once (`encode`), whole records are dealt to training or held out (`split`), and each side is
-then cut or packed to `max_length` (`arrange`). `prepare` does the three in this order, so that no record ends up on both
+A record is tokenised once (`encode`), whole records are dealt to training or held out (`split`), and each side is then
+cut or packed to `max_length` (`arrange`). `prepare` does the three in this order, so that no record ends up on both
 sides. Token ids are kept as 32-bit arrays; they become int64 tensors one batch at a time.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from farfield.protocols.errors import BackboneError, DataError
 from farfield.protocols.plan import Data
 from farfield.protocols.seeds import derive
+from jinja2 import TemplateError
 
 from .records import CLASSIFICATION, Chat, Completion, Labelled, Message, Record, Text
 
@@ -103,8 +104,8 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: Data, task:
     """One record as one example.
 
     * A text is its tokens and the end-of-text token.
-    * A completion is the prompt's tokens, the completion's and the end-of-text token. The two are tokenised apart, so no
-      token reaches over the boundary. If that is longer than `max_length`, the prompt loses its beginning; if the
+    * A completion is the prompt's tokens, the completion's and the end-of-text token. The two are tokenised apart, so
+      no token reaches over the boundary. If that is longer than `max_length`, the prompt loses its beginning; if the
       completion alone is too long, it loses its end. With `completion_only` the prompt's labels are `IGNORED`.
     * A chat is what the tokenizer's own template makes of it, then the end-of-text token unless the template wrote
       one. With `completion_only` only what assistants wrote, the template's mark at its end included, has labels.
@@ -121,6 +122,8 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: Data, task:
     match record:
         case Labelled(text, label):
             ids = tokenizer(text, truncation=True, max_length=data.max_length, verbose=False)["input_ids"]
+            if not ids:
+                raise DataError("the tokenizer makes no tokens of the text", where=where)
             return ClassExample(array("i", ids), label)
         case Text(text):
             all_ids = array("i", [*_beginning(tokenizer), *_ids(tokenizer, text), _end(tokenizer)])
@@ -145,6 +148,10 @@ def _chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, dat
     if not tokenizer.chat_template:
         hint = "Use a backbone that was made for chats, or give the data as prompts and completions."
         raise DataError("a chat, but the backbone's tokenizer has no chat template", where=where, hint=hint)
+    if data.completion_only and not tokenizer.is_fast:
+        hint = "Use one of the tokenizers library, or set [data] completion_only = false in the Plan."
+        what = "this kind of tokenizer cannot say where a token stands in the text"
+        raise BackboneError(what, where=tokenizer.name_or_path, hint=hint)
     whole = _rendered(messages, tokenizer, where)
     encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=data.completion_only, verbose=False)
     ids: list[int] = encoding["input_ids"]
@@ -170,7 +177,7 @@ def _assistant_spans(
     """Where in `whole` each assistant's message stands, from after its header to the end of its turn.
 
     The header is found as what the template writes to ask for an answer, so that training predicts exactly what
-    generating will have to.
+    generating will have to. Nothing asks for the answer of an assistant who speaks first: its header counts as its own.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -190,14 +197,11 @@ def _assistant_spans(
 def _rendered(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: object, *, ask: bool = False
 ) -> str:
-    # Imported here because transformers needs it for nothing but templates.
-    from jinja2 import TemplateError
-
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask)
     except (TemplateError, ValueError, TypeError) as error:
-        # Only a template's own message is sure to quote nothing of the chat, and not even that; so the type alone.
+        # The template wrote the message and may have put the chat into it, which must not leave the machine.
         hint = "Many templates want a user's message first and then the two sides in turn."
         raise DataError(
             f"the chat template refuses the chat ({type(error).__name__})", where=where, hint=hint
@@ -231,8 +235,8 @@ def arrange(examples: Sequence[Example], data: Data) -> list[Example]:
 
     With `packing`, tokens (and labels) of all examples in turn make one stream that is cut into blocks of exactly
     `max_length`; without, each example that is longer is cut into pieces. A last block or piece of fewer than
-    `MIN_TOKENS` tokens is dropped, but without packing a short record is kept whole. Class examples are returned as they
-    are: they have been cut and are never packed.
+    `MIN_TOKENS` tokens is dropped, but without packing a short record is kept whole. Class examples are returned as
+    they are: they have been cut and are never packed.
     """
     tokens = [example for example in examples if isinstance(example, TokenExample)]
     if len(tokens) < len(examples):

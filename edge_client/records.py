@@ -66,8 +66,8 @@ Row: TypeAlias = Mapping[str, object]
 def read(path: Path, data: Data, task: str, labels: int | None) -> Iterator[Record]:
     """The records of a file, or of every file of a folder.
 
-    A folder is read recursively in the order of its files' paths. Hidden files and files of other kinds are passed over,
-    and so are plain text files when the task is classification, as they have no labels. With the task
+    A folder is read recursively in the order of its files' paths. Hidden files and files of other kinds are passed
+    over, and so are plain text files when the task is classification, as they have no labels. With the task
     "sequence-classification" records are `Labelled`; else a row with messages is a `Chat`, one with a prompt and a
     completion a `Completion`, and one with a text a `Text`. A null counts as an absent column, and blank lines between
     rows are passed over.
@@ -83,16 +83,17 @@ def read(path: Path, data: Data, task: str, labels: int | None) -> Iterator[Reco
             space is an error, and so is a file without records.
     """
     expected = _Expected(data, task, labels)
-    for file in _files(path, task):
-        empty = True
-        try:
+    file = path
+    try:
+        for file in _files(path, task):
+            empty = True
             for where, row in _READERS[file.suffix.lower()](file, expected):
                 yield expected.record(row, where)
                 empty = False
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or type(error).__name__}", where=file) from None
-        if empty:
-            raise DataError("holds no records", where=file, hint="Add some, or take the file away.")
+            if empty:
+                raise DataError("holds no records", where=file, hint="Add some, or take the file away.")
+    except OSError as error:  # pyarrow raises it without a reason, too
+        raise DataError(f"cannot be read: {error.strerror or 'damaged'}", where=file) from None
 
 
 def _files(path: Path, task: str) -> list[Path]:

@@ -51,7 +51,7 @@ MIN_PROSE_CHARS = 40
 MIN_CLIENT_CHARS = 1500
 """A client of a demonstration holds at least this much prose: enough for a batch or two and a held-out share."""
 
-_RULER = re.compile(r"[-=*~_#+|\s]{3,}")
+_RULER = re.compile(r"(?=.*[-=*~_#+]{3})[\W_]+")
 """A line of drawing: an underline, a border of a table, a rule between two parts of a file."""
 
 _RULED_HEADING = re.compile(r"(?:[-=*#]{2,}\s+)?(\S.*?)\s*(?:[-=*~_]{5,}|\s#+)")
@@ -166,19 +166,22 @@ def _prose(text: str, tree: ast.Module) -> list[str]:
 
 
 def _comment_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """The first row and the text of each run of comments on consecutive rows."""
+    """The first row and the text of each run of comments on consecutive rows. Those beside code and those on lines of
+    their own do not make one run.
+    """
     block: list[str] = []
-    start = previous = 0
+    start, expected = 0, (0, False)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type != tokenize.COMMENT or (token.start[0] == 1 and token.string.startswith("#!")):
+        row, column = token.start
+        if token.type != tokenize.COMMENT or (row == 1 and token.string.startswith("#!")):
             continue
-        row = token.start[0]
-        if block and row != previous + 1:
+        beside_code = bool(token.line[:column].strip())
+        if block and (row, beside_code) != expected:
             yield start, "\n".join(block)
             block = []
         start = start if block else row
         block.append(re.sub(r"^[#!:]+ ?", "", token.string))
-        previous = row
+        expected = (row + 1, beside_code)
     if block:
         yield start, "\n".join(block)
 
@@ -257,7 +260,7 @@ def _dealt(units: dict[str, list[str]], count: int) -> list[tuple[str, list[str]
         least = held.index(min(held))
         hands[least].append(unit)
         held[least] += _size(units[unit])
-    return [(_joined(hand), [text for unit in sorted(hand) for text in units[unit]]) for hand in hands]
+    return [(_joined(hand), [text for unit in hand for text in units[unit]]) for hand in hands]
 
 
 def _joined(units: list[str]) -> str:

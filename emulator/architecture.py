@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from farfield.protocols.errors import BackboneError
@@ -83,7 +83,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class KeyValueCache:
-    """The keys and values that a decoder keeps of earlier tokens: per layer two tensors (batch, heads, tokens, width)."""
+    """The keys and values that a decoder keeps of earlier tokens: two (batch, heads, tokens, width) in each layer."""
 
     layers: int
     heads: int
@@ -121,7 +121,7 @@ def key_value_cache(model: PreTrainedModel) -> KeyValueCache | None:
     if model.main_input_name != "input_ids":
         return None
     was_training = model.training
-    model.eval()
+    model.train(mode=False)
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         kept = getattr(model.base_model(input_ids=token, use_cache=True), "past_key_values", None)
@@ -197,7 +197,7 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
 
 
 def _head(model: PreTrainedModel, blocks: str) -> tuple[str, ...]:
-    output = _path_of(model, model.get_output_embeddings())
+    output = _path_of(model, cast("Any", model).get_output_embeddings())
     if output is not None:
         return (output,)
     backbone = blocks.split(".")[0]

@@ -40,7 +40,7 @@ class Bench:
         model = backbone.load_model(
             folder,
             task=plan.model.task,
-            dtype=getattr(torch, plan.model.dtype),
+            dtype=plan.model.dtype,
             labels=plan.model.labels,
             seed=plan.training.seed,
             device=self.device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from .method import Setting, register
-from .peft_method import Adapter, Dropout, PeftMethod, Rank, Scale, Targets, names_for_peft, select, transposed
+from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
 
 if TYPE_CHECKING:
     from farfield.emulator.architecture import Architecture
@@ -29,7 +29,7 @@ class Lora(PeftMethod):
 
     kind: Literal["lora"] = "lora"
     rank: Rank = 8
-    alpha: Scale = 16.0
+    alpha: Alpha = 16
     dropout: Dropout = 0.0
     targets: Targets = "all-linear"
     rslora: bool = False

@@ -37,7 +37,7 @@ class Tuned:
 
     Attributes:
         model: called like the model it was made from. Exactly the parameters that the method trains require gradients.
-        after_backward: called with the number of the step (from 0, over all rounds) between backward and optimiser step.
+        after_backward: called with the number of the step (from 0, over all rounds) between backward and the optimiser.
     """
 
     model: torch.nn.Module
@@ -79,7 +79,7 @@ Method = TypeVar("Method", bound=type[TuningMethod])
 
 def register(method: Method) -> Method:
     """Class decorator: make the method known under the default value of its `kind`."""
-    kind = method.model_fields["kind"].default
+    kind = method.__pydantic_fields__["kind"].default
     if kind in _registry:
         raise ValueError(f"two tuning methods are called {kind!r}: {_registry[kind].__name__} and {method.__name__}")
     _registry[kind] = method

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
-from pydantic import Field
-
 from farfield.protocols.errors import TuningError, did_you_mean
+from pydantic import Field
 
 from .method import Setting, Tuned, TuningMethod
 
 if TYPE_CHECKING:
+    from farfield.emulator.architecture import Architecture, Linear
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
-
-    from farfield.emulator.architecture import Architecture, Linear
 
 # TOML has lists only; a tuple keeps the settings immutable.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
@@ -33,7 +31,7 @@ Targets = Literal["all-linear"] | Names
 """`all-linear` is every linear layer of every block; a name stands for all layers whose path ends with it."""
 
 Rank = Annotated[int, Field(ge=1)]
-Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[int, Field(ge=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Tokens = Annotated[int, Field(ge=1)]
 
@@ -68,14 +66,13 @@ class PeftMethod(TuningMethod):
     def install(self, model: PreTrainedModel, setting: Setting) -> Tuned:
         import peft
         import torch
-
         from farfield.emulator.architecture import describe
 
         architecture = describe(model)
         if setting.task == "sequence-classification" and not architecture.head:
             raise TuningError("the model has no classification head", where=type(model).__name__)
         adapter = self.adapter(model, architecture, setting)
-        config, dtype = adapter.config, model.dtype
+        config, dtype = cast("Any", adapter.config), model.dtype
         config.task_type = _task_type(model, setting)
         if setting.task == "sequence-classification":
             config.modules_to_save = list(architecture.head)
@@ -84,7 +81,7 @@ class PeftMethod(TuningMethod):
         model.name_or_path = ""
 
         model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]), _quiet_about_missing_biases():
+        with torch.random.fork_rng(devices=[]), _without_idle_warnings():
             # `torch.manual_seed` would seed the generators of accelerators too, which fork_rng does not restore here.
             torch.default_generator.manual_seed(setting.seed)
             try:
@@ -100,12 +97,12 @@ class PeftMethod(TuningMethod):
 
     @final
     def merge(self, tuned: Tuned) -> PreTrainedModel:
-        import torch
+        from peft.utils import ModulesToSaveWrapper
 
         model = cast("PeftModel", tuned.model)
         if model.active_peft_config.is_prompt_learning:
             raise TuningError(
-                f"a prompt has nothing to fold into the weights: {self.kind!r} stands before the input, not in the model",
+                f"a prompt has nothing to fold into the weights: {self.kind!r} stands before the input",
                 hint="Save the adapter instead and load it with peft beside the backbone.",
             )
         for name, layer in model.named_modules():
@@ -115,14 +112,17 @@ class PeftMethod(TuningMethod):
                     where=name.removeprefix("base_model.model."),
                     hint="Save the adapter instead and load it with peft beside the backbone.",
                 )
+        # `peft` puts a trained head back by its weight; the head of RoBERTa, two layers deep, has none of its own.
+        for name, wrapper in list(model.named_modules()):
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                head = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+                model.set_submodule(name, head)
         try:
             # Checking each merged weight before it replaces the old one costs a copy of one layer.
             merged = model.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise TuningError(f"the adapter cannot be folded in: {error}") from error
-        if torch.is_grad_enabled():
-            merged.requires_grad_(False)
-        return cast("PreTrainedModel", merged)
+        return cast("PreTrainedModel", merged.requires_grad_(False))
 
     @final
     def save(self, tuned: Tuned, folder: Path) -> None:
@@ -133,7 +133,11 @@ class PeftMethod(TuningMethod):
         # Not `save_pretrained`: it compares the embeddings with those of the hub and writes a card with local paths.
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         config = copy.deepcopy(model.active_peft_config)
-    XX        folder.mkdir(parents=True, exist_ok=True)
+        config.inference_mode, config.base_model_name_or_path = True, None
+        for key, value in vars(config).items():
+            if isinstance(value, set):  # whose order, and so the file's digest, would change from process to process
+                setattr(config, key, sorted(value))
+        folder.mkdir(parents=True, exist_ok=True)
         # Contiguous copies: safetensors stores neither views nor one memory under two names.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -153,7 +157,9 @@ def select(targets: Targets, architecture: Architecture) -> tuple[Linear, ...]:
             known = {_within_block(linear.path, architecture) for linear in architecture.linears}
             known |= {path.rpartition(".")[2] for path in known}
             raise TuningError(
-                f"no linear layer of the blocks is called {wanted!r}", where="tuning.targets", hint=did_you_mean(wanted, known)
+                f"no linear layer of the blocks is called {wanted!r}",
+                where="tuning.targets",
+                hint=did_you_mean(wanted, known),
             )
     return tuple(
         linear for linear in architecture.linears if any(_ends_with(linear.path, wanted) for wanted in targets)
@@ -197,9 +203,20 @@ def refuse_transposed(linears: tuple[Linear, ...], kind: str) -> None:
 
 
 def require_tokens(model: PreTrainedModel, kind: str) -> None:
-    """Raises TuningError if the model's input is not token ids: virtual tokens need a sequence of tokens to stand in."""
+    """Raises TuningError if the model's input is not token ids: virtual tokens need text to stand before."""
     if model.main_input_name != "input_ids":
         raise TuningError(f"{kind!r} puts virtual tokens before the text, and this model reads {model.main_input_name}")
+
+
+def prompt_shape(model: PreTrainedModel, architecture: Architecture, tokens: int) -> dict[str, Any]:
+    """What every prompt configuration must know; `peft` would guess it from keys that not every family has."""
+    return {
+        "num_virtual_tokens": tokens,
+        # Not the hidden size: some models (OPT-350m) embed in fewer dimensions and project.
+        "token_dim": int(cast("Any", model.get_input_embeddings()).weight.shape[1]),
+        "num_layers": len(architecture.blocks),
+        "num_attention_heads": int(model.config.num_attention_heads),
+    }
 
 
 def refuse_decoder_classifier(model: PreTrainedModel, setting: Setting, kind: str) -> None:
@@ -234,10 +251,15 @@ def _auto_mapping(model: PeftModel, config: PeftConfig) -> Mapping[str, str] | N
 
 
 @contextmanager
-def _quiet_about_missing_biases() -> Iterator[None]:
-    """BEFT warns for each layer without a bias that it cannot be merged; `merge` says so when it is asked to."""
+def _without_idle_warnings() -> Iterator[None]:
+    """Two warnings that whoever installs an adapter can do nothing about.
+
+    BEFT says of each layer without a bias that it cannot be merged; `merge` says so when it is asked to. And `peft`
+    0.21 asks models for a property by a name that `transformers` 5.23 deprecates.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term", category=UserWarning)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import pytest
 import torch
-import transformers as hf
+import transformers
 from transformers import PreTrainedModel
+
+# The constructors of models and configurations are untyped or take more than their types say.
+hf: Any = transformers
+
+# Two threads only get in each other's way on kernels this small.
+torch.set_num_threads(1)
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, LABELS = 64, 32, 2, 4, 3
 
-_LLAMA_LIKE = {
+_LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 64,
@@ -29,7 +32,7 @@ _LLAMA_LIKE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_BERT_LIKE = {
+_BERT_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 64,
@@ -66,7 +69,7 @@ _BERT = frozenset(
 )
 
 
-def _llama_like(model: str, config: str, **more: object) -> Family:
+def _llama_like(model: str, config: str, **more: Any) -> Family:
     return Family(
         "causal-lm",
         lambda: getattr(hf, model)(getattr(hf, config)(**{**_LLAMA_LIKE, **more})),
@@ -265,10 +268,10 @@ def _template(family: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself, built once; tests get copies. Every weight is random, norms and biases too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = FAMILIES[family].build()
+        model: Any = FAMILIES[family].build()
         for parameter in model.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).requires_grad_(False).eval()
+    return cast("PreTrainedModel", model.to(dtype).requires_grad_(False).eval())
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -288,12 +291,3 @@ def batch(family: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
     if FAMILIES[family].task == "causal-lm":
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 0])}
-
-
-@pytest.fixture(autouse=True)
-def _undisturbed_threads() -> Iterator[None]:
-    """One thread: two cores shared with whatever else runs make small kernels slower, not faster."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
