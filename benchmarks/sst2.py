@@ -144,8 +144,8 @@ def centralised(
         tuned.model.requires_grad_(True)
         training = training.model_copy(update={"learning_rate": FULL_RATE})
     start = {key: p.detach().numpy().copy() for key, p in tuned.trainable().items()}
-    options = {"pad_id": bench.pad_id, "seed": SEED, "steps": steps, "first_step": 0, "horizon": steps}
-    train(tuned, start, examples(pooled, bench), training, **options)
+    chosen = examples(pooled, bench)
+    train(tuned, start, chosen, training, pad_id=bench.pad_id, seed=SEED, steps=steps, first_step=0, horizon=steps)
     seconds = time.monotonic() - began
     return Row(f"centralised {name}", accuracy(bench, tuned, dev), steps, None, seconds)
 
@@ -190,9 +190,9 @@ def main(
 def report(rows: Sequence[Row], sizes: Sequence[int], dev: int, backbone: str, plan: Plan) -> str:
     error = 1.96 * 100 * (rows[0].accuracy * (1 - rows[0].accuracy) / dev) ** 0.5
     lines = [
-        f"{date.today()}, {torch.get_num_threads()} cores ({platform.machine()}), torch {torch.__version__}; MiniLM-L6, "
-        f"batches of {plan.training.batch_size}; clients hold {min(sizes)} to {max(sizes)} sentences; accuracy on the "
-        f"{dev} sentences of the dev set, ± {error:.1f} points at 95 %.",
+        f"{date.today()}, {torch.get_num_threads()} cores ({platform.machine()}), torch {torch.__version__}; "
+        f"MiniLM-L6, batches of {plan.training.batch_size}; clients hold {min(sizes)} to {max(sizes)} sentences; "
+        f"accuracy on the {dev} sentences of the dev set, ± {error:.1f} points at 95 %.",
         "",
         "| way | accuracy | of centralised LoRA | steps | bytes on the wire | seconds |",
         "|---|---|---|---|---|---|",
@@ -200,9 +200,7 @@ def report(rows: Sequence[Row], sizes: Sequence[int], dev: int, backbone: str, p
     for row in rows:
         traffic = "" if row.traffic is None else f"{row.traffic / 1e6:.0f} MB"
         ratio = row.accuracy / rows[1].accuracy
-        lines.append(
-            f"| {row.name} | {row.accuracy:.1%} | {ratio:.1%} | {row.steps} | {traffic} | {row.seconds:.0f} |"
-        )
+        lines.append(f"| {row.name} | {row.accuracy:.1%} | {ratio:.1%} | {row.steps} | {traffic} | {row.seconds:.0f} |")
     return "\n".join(lines)
 
 

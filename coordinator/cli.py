@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from farfield.protocols.errors import FarfieldError
 from rich.console import Console
+
+from farfield.protocols.errors import FarfieldError
 
 app = typer.Typer(
     help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from farfield.protocols.plan import Plan
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from farfield.protocols.plan import Plan
 
 from .runs import RoundRecord, RunInfo
 from .simulate import Result

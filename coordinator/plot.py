@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 def plot_losses(result: Result, path: Path) -> None:
     """Write a PNG: training and held-out loss per round, and the centralised run's final loss where it was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -38,4 +37,4 @@ def plot_losses(result: Result, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e9ec")
     axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path, format="png")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+
 from farfield.protocols.errors import WireError
 from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
 from farfield.protocols.plan import Cohort, Plan

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from farfield.protocols.errors import RunError
-from farfield.protocols.tensors import State
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from farfield.protocols.errors import RunError
+from farfield.protocols.tensors import State
 
 from .server_optimizer import Moments
 
@@ -37,7 +38,7 @@ class RoundRecord:
     """What one round did: a line of `metrics.jsonl`.
 
     Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
-    `clients` is how many updates were counted, 0 when the round changed nothing; `problems` says by node what was wrong.
+    `clients` is how many updates were counted (0: the round changed nothing); `problems` says by node what went wrong.
     """
 
     round: int

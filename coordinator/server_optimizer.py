@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from farfield.protocols.plan import Aggregation
 from farfield.protocols.tensors import State
 
@@ -27,9 +28,7 @@ class Moments:
 
 def step(settings: Aggregation, adapter: State, update: State, moments: Moments) -> tuple[State, Moments]:
     """The next adapter x and moments. Nothing passed in is changed; all arrays are float32 and keep their shapes."""
-    rate, beta1, beta2, tau = (
-        np.float32(value) for value in (settings.learning_rate, settings.beta1, settings.beta2, settings.tau)
-    )
+    rate, beta1, beta2, tau = settings.learning_rate, settings.beta1, settings.beta2, settings.tau
     first: State = {}
     second: State = {}
     moved: State = {}
@@ -43,7 +42,7 @@ def step(settings: Aggregation, adapter: State, update: State, moments: Moments)
             first[name] = beta1 * m + delta
             moved[name] = x + rate * first[name]
             continue
-        v = moments.second.get(name, np.full_like(delta, tau**2))
+        v = moments.second.get(name, np.full(delta.shape, tau**2, np.float32))
         square = delta * delta
         first[name] = beta1 * m + (1 - beta1) * delta
         if settings.server_optimizer == "adam":

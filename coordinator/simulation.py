@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -124,7 +124,7 @@ class Fleet:
                     f"the built-in clients hold text without classes, so they cannot do {plan.model.task}",
                     hint="Give --data.",
                 )
-            read = iter([records.Text(text) for text in source.texts])
+            read: Iterator[records.Record] = iter([records.Text(text) for text in source.texts])
         else:
             read = records.read(source.path, plan.data, plan.model.task, plan.model.labels)
         seed = derive(plan.training.seed, "held-out", name)

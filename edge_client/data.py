@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from jinja2 import TemplateError
+
 from farfield.protocols.errors import BackboneError, DataError
 from farfield.protocols.plan import Data
 from farfield.protocols.seeds import derive
-from jinja2 import TemplateError
 
 from .records import CLASSIFICATION, Chat, Completion, Labelled, Message, Record, Text
 

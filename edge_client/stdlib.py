@@ -28,6 +28,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+
 from farfield.protocols.errors import DataError
 
 CLIENT_UNITS: tuple[str, ...] = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from farfield.emulator.methods import Tuned
 from farfield.kernels import cross_entropy
 from farfield.protocols.plan import Training

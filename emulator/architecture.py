@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from farfield.protocols.errors import BackboneError
 from torch import nn
+
+from farfield.protocols.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -112,6 +112,7 @@ def load_model(
     labels: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """The frozen backbone in `folder`, in evaluation mode.
 
@@ -122,6 +123,7 @@ def load_model(
         seed: what a new classification head is drawn from, on the CPU whatever the device. A head that the folder holds
             for exactly this many classes is kept.
         device: where the model goes.
+        attention: which of transformers' implementations of attention, for instance `sdpa` or `eager`.
 
     Raises:
         BackboneError: as `check` does; or the folder's model is not made for the task, or its weights are incomplete.
@@ -146,6 +148,7 @@ def load_model(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
+                attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
 from farfield.protocols.errors import MalformedMessage
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State
@@ -44,6 +45,7 @@ class Bench:
             labels=plan.model.labels,
             seed=plan.training.seed,
             device=self.device,
+            attention=_attention(self.device, plan.data.max_length),
         )
         steps = plan.training.rounds * (plan.training.steps or 1)
         self.tuned: Tuned = self.method.install(model, Setting(plan.model.task, plan.training.seed, steps))
@@ -70,3 +72,8 @@ class Bench:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.from_numpy(np.array(adapter[name])))
+
+
+def _attention(device: torch.device, length: int) -> str:
+    """The faster implementation: on a CPU, torch's fused kernel is a third slower on short sequences (docs/log.md)."""
+    return "eager" if device.type == "cpu" and length <= 512 else "sdpa"

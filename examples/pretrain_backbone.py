@@ -22,11 +22,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from farfield.edge_client import stdlib
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from farfield.edge_client import stdlib
 
 VOCABULARY = 3072
 CONTEXT = 512
@@ -75,7 +77,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
             vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=END,
         eos_token=END,
@@ -137,8 +139,6 @@ def checkpoint(path: Path, model: LlamaForCausalLM, chosen: list[torch.optim.Opt
 
 
 def restore(path: Path, model: LlamaForCausalLM, chosen: list[torch.optim.Optimizer]) -> int:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
     state = load_file(path)
@@ -185,7 +185,7 @@ def train(
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 logits = model(input_ids=window, use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), window[:, 1:].flatten())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in chosen:
                 optimizer.step()
@@ -218,7 +218,7 @@ def measure(work: Work = Path("runs/pretrain"), target: Path = TARGET) -> None:
     model = LlamaForCausalLM(configuration())
     chosen = optimizers(model)
     step = restore(work / "checkpoint.safetensors", model, chosen)
-    model = model.to(torch.bfloat16).eval()
+    model.bfloat16().eval()  # type: ignore[no-untyped-call]
     rows = []
     held_out = corpus(of_clients=True)
     for label, chosen_files in (

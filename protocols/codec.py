@@ -22,8 +22,8 @@ from .tensors import DType, Tensor
 
 WIRE_VERSION: Final = 1
 
-_TO_PB: Final[dict[DType, pb.DType]] = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16}
-_FROM_PB: Final[dict[int, DType]] = {number: name for name, number in _TO_PB.items()}
+_TO_PB: Final[dict[DType, pb.DType.ValueType]] = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16}
+_FROM_PB: Final[dict[int, DType]] = {pb.FLOAT32: "float32", pb.BFLOAT16: "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,9 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
         assert path.read_text() == (ROOT / "protocols" / path.name).read_text(), f"run `make protos`: {path.name}"
 
 
-@pytest.mark.parametrize("module", ["farfield.protocols.codec", "farfield.coordinator.plans", "farfield.coordinator.cli"])
+@pytest.mark.parametrize(
+    "module", ["farfield.protocols.codec", "farfield.coordinator.plans", "farfield.coordinator.cli"]
+)
 def test_reading_plans_and_messages_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

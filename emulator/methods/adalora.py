@@ -10,9 +10,10 @@ from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
 
 if TYPE_CHECKING:
-    from farfield.emulator.architecture import Architecture
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from farfield.emulator.architecture import Architecture
 
 Momentum = Annotated[float, Field(gt=0, lt=1)]
 

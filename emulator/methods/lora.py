@@ -8,8 +8,9 @@ from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
 
 if TYPE_CHECKING:
-    from farfield.emulator.architecture import Architecture
     from transformers import PreTrainedModel
+
+    from farfield.emulator.architecture import Architecture
 
 
 @register

@@ -10,8 +10,9 @@ from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Tokens, prompt_shape, refuse_decoder_classifier, require_tokens
 
 if TYPE_CHECKING:
-    from farfield.emulator.architecture import Architecture
     from transformers import PreTrainedModel
+
+    from farfield.emulator.architecture import Architecture
 
 
 @register

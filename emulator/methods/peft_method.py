@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
-from farfield.protocols.errors import TuningError, did_you_mean
 from pydantic import Field
+
+from farfield.protocols.errors import TuningError, did_you_mean
 
 from .method import Setting, Tuned, TuningMethod
 
 if TYPE_CHECKING:
-    from farfield.emulator.architecture import Architecture, Linear
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
+
+    from farfield.emulator.architecture import Architecture, Linear
 
 # TOML has lists only; a tuple keeps the settings immutable.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
@@ -66,6 +68,7 @@ class PeftMethod(TuningMethod):
     def install(self, model: PreTrainedModel, setting: Setting) -> Tuned:
         import peft
         import torch
+
         from farfield.emulator.architecture import describe
 
         architecture = describe(model)

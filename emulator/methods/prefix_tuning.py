@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from farfield.protocols.errors import TuningError
 from pydantic import Field
+
+from farfield.protocols.errors import TuningError
 
 from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Tokens, require_tokens
 
 if TYPE_CHECKING:
-    from farfield.emulator.architecture import Architecture
     from transformers import PreTrainedModel
+
+    from farfield.emulator.architecture import Architecture
 
 
 @register
@@ -34,8 +36,9 @@ class PrefixTuning(PeftMethod):
     hidden_size: Annotated[int, Field(ge=1)] | None = None
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
-        from farfield.emulator.architecture import key_value_cache
         from peft import PrefixTuningConfig
+
+        from farfield.emulator.architecture import key_value_cache
 
         require_tokens(model, self.kind)
         cache = key_value_cache(model)

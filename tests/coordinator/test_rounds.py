@@ -55,7 +55,9 @@ def test_a_full_round() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 1000), st.floats(-100, 100, width=32), st.floats(-1, 1, width=32)), min_size=1, max_size=20
+        st.tuples(st.integers(1, 1000), st.floats(-100, 100, width=32), st.floats(-1, 1, width=32)),
+        min_size=1,
+        max_size=20,
     )
 )
 def test_the_mean_equals_the_reference(clients: list[tuple[int, float, float]]) -> None:
@@ -140,7 +142,10 @@ def test_fewer_updates_than_the_minimum_come_to_nothing() -> None:
         ({"update": {}}, "tensors differ from the adapter's"),
         ({"update": pack_state({**ADAPTER, "c": np.ones(1, np.float32)}, "float32")}, "first at 'c'"),
         ({"update": pack_state({**ADAPTER, "b": np.ones(4, np.float32)}, "float32")}, "first at 'b'"),
-        ({"update": pack_state({**ADAPTER, "b": np.full(3, np.inf, np.float32)}, "float32")}, "not finite, first in 'b'"),
+        (
+            {"update": pack_state({**ADAPTER, "b": np.full(3, np.inf, np.float32)}, "float32")},
+            "not finite, first in 'b'",
+        ),
         ({"examples": 0}, "from no example"),
         ({"targets": 0}, "from no example"),
     ],

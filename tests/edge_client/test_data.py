@@ -11,6 +11,11 @@ from itertools import groupby
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from farfield.edge_client.data import (
     IGNORED,
     MIN_TOKENS,
@@ -29,10 +34,6 @@ from farfield.edge_client.records import Chat, Completion, Labelled, Message, Re
 from farfield.kernels import cross_entropy
 from farfield.protocols.errors import BackboneError, DataError
 from farfield.protocols.plan import Data
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 LM, CLASSES = "causal-lm", "sequence-classification"
 END, BEGIN, TURN = "<end>", "<begin>", "<turn>"

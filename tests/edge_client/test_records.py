@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from farfield.edge_client.records import Chat, Completion, Labelled, Message, Record, Text, read
 from farfield.protocols.errors import DataError
 from farfield.protocols.plan import Data
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LM, CLASSES = "causal-lm", "sequence-classification"
 USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A test.")

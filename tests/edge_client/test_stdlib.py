@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
-from farfield.edge_client import stdlib
-from farfield.protocols.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from farfield.edge_client import stdlib
+from farfield.protocols.errors import DataError
 
 MODULE = '''#!/usr/bin/env python3
 # -*- coding: utf-8 -*-

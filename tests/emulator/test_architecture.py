@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, HIDDEN, LAYERS, build
+
 from farfield.emulator.architecture import KeyValueCache, describe, key_value_cache
 from farfield.protocols.errors import BackboneError
 

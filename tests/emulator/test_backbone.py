@@ -15,10 +15,11 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, LABELS, batch, build
-from farfield.emulator import backbone
-from farfield.protocols.errors import BackboneError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from farfield.emulator import backbone
+from farfield.protocols.errors import BackboneError
 
 hf: Any = transformers  # whose constructors are untyped
 

@@ -14,9 +14,10 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, batch, build
+from pydantic import ValidationError
+
 from farfield.emulator.methods import Setting, Tuned, TuningMethod, registered
 from farfield.protocols.errors import TuningError
-from pydantic import ValidationError
 
 SEED = 5
 STEPS = 4

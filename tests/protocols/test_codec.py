@@ -109,7 +109,7 @@ def test_what_is_over_a_limit_is_refused(limits: codec.Limits, message: str) -> 
 def test_a_shape_that_promises_more_than_came_allocates_nothing() -> None:
     message = messages_pb2.Task.FromString(codec.encode_task(A_TASK))
     message.train.adapter[0].shape[:] = [2**40, 2**20]
-    with pytest.raises(MalformedMessage, match="needs [0-9]+ bytes, not 24"):
+    with pytest.raises(MalformedMessage, match=r"needs [0-9]+ bytes, not 24"):
         codec.decode_task(message.SerializeToString())
 
 

@@ -23,7 +23,9 @@ steps = 2
 
 def test_the_digest_is_that_of_the_meaning_not_of_the_text() -> None:
     plan = plans.parse(MINIMAL)
-    reordered = '[training]\nsteps=2\nrounds =   3 # three\nseed = 0\n[tuning]\nkind="lora"\n' + MINIMAL.split("[tuning]")[0]
+    reordered = (
+        '[training]\nsteps=2\nrounds =   3 # three\nseed = 0\n[tuning]\nkind="lora"\n' + MINIMAL.split("[tuning]")[0]
+    )
     assert plans.parse(reordered).digest == plan.digest
     assert plans.parse(MINIMAL + "seed = 1\n").digest != plan.digest
 
@@ -76,7 +78,10 @@ def test_a_plan_cannot_be_changed() -> None:
         (("steps = 2", 'steps = 2\nschedule = "cos"'), r"training.schedule = 'cos' is not one of 'constant', 'linear'"),
         (("[training]", "[cohrt]\nsize = 2\n[training]"), r"unknown key 'cohrt'. Did you mean 'cohort'\?"),
         (("[training]", "[cohort]\nsize = 2\nminimum = 3\n[training]"), r"'minimum' \(3\) is more than 'size' \(2\)"),
-        (("[training]", '[aggregation]\nrule = "meen"\n[training]'), r"no aggregation rule 'meen'. Did you mean 'mean'"),
+        (
+            ("[training]", '[aggregation]\nrule = "meen"\n[training]'),
+            r"no aggregation rule 'meen'. Did you mean 'mean'",
+        ),
         (("[training]", '[protection]\nkind = "secagg"\n[training]'), r"protection.kind = 'secagg' is not available"),
         (("[training]", '[privacy]\nkind = "client"\n[training]'), r"privacy.kind = 'client' is not available"),
         (("[training]", '[delivery]\nkind = "emulator"\n[training]'), r"delivery.kind = 'emulator' is not available"),
