@@ -23,8 +23,8 @@ class Centralised:
     """What `steps` optimiser steps on the pooled examples came to; loss in nats per target."""
 
     steps: int
-    eval_loss: float
-    eval_accuracy: float
+    eval_loss: float | None
+    eval_accuracy: float | None
 
 
 def centralised(
@@ -32,10 +32,14 @@ def centralised(
 ) -> Centralised:
     """Train from `initial` for `steps` steps on the pooled examples, and measure on what the evaluators held out.
 
+    Losses are None where no step was made or nothing was held out.
+
     Batch size, optimiser and learning rate are the Plan's; its schedule runs over `steps`.
     """
     from farfield.edge_client.train import evaluate, train
 
+    if not steps:
+        return Centralised(0, None, None)
     pooled = [example for name in fleet.names for example in fleet.data(name).train]
     train(
         bench.tuned,
@@ -55,6 +59,8 @@ def centralised(
         if (held_out := fleet.data(name).held_out[: plan.evaluation.examples])
     ]
     targets = sum(one.targets for one in measured)
+    if not targets:
+        return Centralised(steps, None, None)
     return Centralised(
         steps,
         sum(one.loss * one.targets for one in measured) / targets,

@@ -49,18 +49,30 @@ def simulate(
 ) -> None:
     """Run a federation in this process, with the messages and the training of a real one."""
     from .console import SimulationConsole, print_result
+    from .runs import writing
     from .simulate import Request, simulate
     from .simulation import Faults
 
     faults = None if dropout is None and stragglers is None else Faults(dropout or 0.0, stragglers or 0.0)
     console = Console()
     request = Request(plan, clients, data, runs, resume, faults, compare)
-    with SimulationConsole(console) as progress:
-        result = simulate(request, progress)
+    progress = SimulationConsole(console)
+    if json_file is not None:  # before the work, not after hours of it
+        with writing(json_file):
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with progress:
+            result = simulate(request, progress)
+    except KeyboardInterrupt:
+        kept = (
+            f"Finished rounds are kept; go on with: coordinator simulate {plan} --resume {progress.folder}"
+            if progress.folder
+            else "Nothing had begun yet; give the same command again."
+        )
+        print(f"Stopped. {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
     print_result(console, result)
     if json_file is not None:
-        from .runs import writing
-
         with writing(json_file):
             json_file.write_text(json.dumps(result.document(), indent=2) + "\n", encoding="utf-8")
 
@@ -97,9 +109,6 @@ def main() -> None:
     except FarfieldError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped. Finished rounds are kept; --resume RUN goes on with them.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

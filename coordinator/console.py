@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,7 +53,8 @@ class SimulationConsole:
         )
         self._whole: TaskID | None = None
         self._part = self._bar.add_task("starting", total=None, visible=False)
-        self._rounds = 0
+        self.folder: Path | None = None
+        """The run's folder, from the moment that there is one."""
 
     def __enter__(self) -> SimulationConsole:
         self._bar.start()
@@ -65,11 +67,16 @@ class SimulationConsole:
         self._show("reading the clients' data", done, clients)
 
     def on_start(self, folder: Path, info: RunInfo, done: list[RoundRecord], rounds: int) -> None:
+        self.folder = folder
         finished = max((record.round for record in done), default=0)
         state = f"resumed after round {finished}" if done else f"{rounds} rounds"
-        self._console.print(f"Run [bold]{info.run}[/] in {folder}: {info.clients} clients, {state}", highlight=False)
+        self._console.print(
+            f"Run {info.run} in {folder}: {info.clients} clients, {state}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         self._whole = self._bar.add_task("rounds", total=rounds, completed=finished)
-        self._rounds = rounds
         self._line(*(title for title, _ in _COLUMNS), style="bold")
         for record in done:
             self._row(record)
@@ -126,11 +133,12 @@ def print_result(console: Console, result: Result) -> None:
             text += f"; federated reaches {gain / central:.0%} of that"
         table.add_row("Centralised", _number(result.centralised.eval_loss), text)
     console.print(table, highlight=False)
-    console.print(f"\n[bold]Adapter[/]  {result.folder / 'adapter'}", highlight=False, soft_wrap=True)
+    folder = escape(str(result.folder))
+    console.print(f"\n[bold]Adapter[/]  {folder}/adapter", highlight=False, soft_wrap=True)
     console.print(f"[bold]Digest[/]   {result.adapter_digest}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]Plot[/]     {result.folder / 'loss.png'}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]Plot[/]     {folder}/loss.png", highlight=False, soft_wrap=True)
     console.print(
-        f"Merge it into the backbone with: coordinator export {result.folder} OUT --merged",
+        f"Merge it into the backbone with: coordinator export {folder} OUT --merged",
         highlight=False,
         soft_wrap=True,
     )
@@ -150,7 +158,6 @@ def print_plan(console: Console, plan: Plan) -> None:
     optimizer = "" if rule.server_optimizer == "none" else f", then server {rule.server_optimizer}"
     proximal = f", FedProx with μ {training.proximal_mu:g}" if training.proximal_mu else ""
     rows = {
-        "digest": plan.digest,
         "backbone": f"{plan.model.backbone}, {plan.model.task}, {plan.model.dtype}",
         "tuning": f"{plan.tuning.kind} ({tuning})",
         "rounds": f"{training.rounds}, each with {asked}, at least {cohort.minimum}",
@@ -163,11 +170,12 @@ def print_plan(console: Console, plan: Plan) -> None:
         "protection": "none: the coordinator can read each client's update",
         "privacy": "none: no differential privacy",
     }
+    console.print(f"[bold]digest[/]           {plan.digest}", highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="bold", no_wrap=True, min_width=15)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table, highlight=False)
 
 

@@ -38,7 +38,7 @@ def export(run: Path, out: Path, *, merged: bool) -> int:
 
     bench = Bench(plan, model_folder)
     bench.load(folder.load(finished[-1]).adapter)
-    with writing(out):
+    with writing(out), backbone.silent_transformers():
         if merged:
             bench.method.merge(bench.tuned).save_pretrained(out)
             bench.tokenizer.save_pretrained(out)

@@ -21,8 +21,16 @@ def plot_losses(result: Result, path: Path) -> None:
         ("held-out text", "eval_loss", "#0b6e99", "o"),
     ):
         points = [(r.round, getattr(r, attribute)) for r in result.rounds if getattr(r, attribute) is not None]
-        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=5, linewidth=1.8)
-    if result.centralised is not None:
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=label,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.8,
+        )
+    if result.centralised is not None and result.centralised.eval_loss is not None:
         axes.axhline(
             result.centralised.eval_loss,
             color="#c8553d",

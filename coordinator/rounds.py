@@ -261,13 +261,14 @@ class EvaluationRound:
         refused = self._ledger.admit(reply, now)
         if refused is not None:
             return refused
-        if not isinstance(reply.outcome, Evaluated) or reply.outcome.targets == 0:
-            return self._ledger.reject(reply.node, "answered an evaluation task with no measurement")
-        self._scores[reply.node] = reply.outcome
+        if not isinstance(reply.outcome, Evaluated):
+            return self._ledger.reject(reply.node, "answered an evaluation task with something else")
+        if reply.outcome.targets:  # a client with a single example holds none out
+            self._scores[reply.node] = reply.outcome
         return Verdict.ACCEPTED
 
     def result(self) -> Score | None:
-        """Loss and accuracy over all targets together; None when nobody answered."""
+        """Loss and accuracy over all targets together; None when nobody held anything out."""
         if not self.closed:
             raise RuntimeError("the round is still open")
         scores = self._scores.values()

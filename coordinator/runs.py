@@ -147,14 +147,11 @@ class RunFolder:
         """The checkpoint of round `number`. Raises RunError when it is missing or damaged."""
         path = self._checkpoint(number)
         groups: dict[str, State] = {"adapter": {}, "first": {}, "second": {}}
-        try:
-            with safe_open(path, "numpy") as file:
-                record = RoundRecord(**json.loads(file.metadata()["record"]))
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    group, _, name = key.partition("/")
-                    groups[group][name] = file.get_tensor(key)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"cannot be read: {error}", where=path) from None
+        with _reading(path), safe_open(path, "numpy") as file:
+            record = RoundRecord(**json.loads(file.metadata()["record"]))
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                group, _, name = key.partition("/")
+                groups[group][name] = file.get_tensor(key)
         return Checkpoint(record, groups["adapter"], Moments(groups["first"], groups["second"]))
 
     def rounds(self) -> list[int]:
@@ -163,10 +160,11 @@ class RunFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def records(self) -> list[RoundRecord]:
-        """The records of all finished rounds, from the checkpoints."""
+        """The records of all finished rounds, from the checkpoints. Raises RunError when one is damaged."""
         found = []
         for number in self.rounds():
-            with safe_open(self._checkpoint(number), "numpy") as file:
+            path = self._checkpoint(number)
+            with _reading(path), safe_open(path, "numpy") as file:
                 found.append(RoundRecord(**json.loads(file.metadata()["record"])))
         return found
 
@@ -195,12 +193,22 @@ def writing(where: Path) -> Iterator[None]:
         yield
     except FileExistsError:
         raise RunError("exists already", where=where, hint="Give another place, or remove it.") from None
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise RunError(
             f"cannot be written: {reason}",
-            where=error.filename or where,
+            where=getattr(error, "filename", None) or where,
             hint="Make room or choose another disk; finished rounds are kept.",
+        ) from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"cannot be read: {error}", where=path, hint="Remove it to go on from an earlier round."
         ) from None
 
 
@@ -211,7 +219,7 @@ def _groups(checkpoint: Checkpoint) -> dict[str, State]:
 def _write(path: Path, raw: bytes) -> None:
     """Put `raw` at `path`, whole or not at all, and on the disk before returning."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with writing(path), partial.open("wb") as file:
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())

@@ -33,21 +33,15 @@ def step(settings: Aggregation, adapter: State, update: State, moments: Moments)
     second: State = {}
     moved: State = {}
     for name, delta in update.items():
-        x = adapter[name]
-        if settings.server_optimizer == "none":
-            moved[name] = x + rate * delta
-            continue
-        m = moments.first.get(name, np.zeros_like(delta))
+        direction = delta
         if settings.server_optimizer == "momentum":
-            first[name] = beta1 * m + delta
-            moved[name] = x + rate * first[name]
-            continue
-        v = moments.second.get(name, np.full(delta.shape, tau**2, np.float32))
-        square = delta * delta
-        first[name] = beta1 * m + (1 - beta1) * delta
-        if settings.server_optimizer == "adam":
-            second[name] = beta2 * v + (1 - beta2) * square
-        else:
-            second[name] = v - (1 - beta2) * square * np.sign(v - square)
-        moved[name] = x + rate * first[name] / (np.sqrt(second[name]) + tau)
+            direction = first[name] = beta1 * moments.first.get(name, np.zeros_like(delta)) + delta
+        elif settings.server_optimizer in ("adam", "yogi"):
+            m = first[name] = beta1 * moments.first.get(name, np.zeros_like(delta)) + (1 - beta1) * delta
+            v = moments.second.get(name, np.zeros_like(delta) + tau**2)
+            square = delta * delta
+            shrink = v - square if settings.server_optimizer == "adam" else square * np.sign(v - square)
+            v = second[name] = (v - (1 - beta2) * shrink).astype(np.float32)
+            direction = m / (np.sqrt(v) + tau)
+        moved[name] = adapter[name] + rate * direction
     return {**adapter, **moved}, Moments(first, second)

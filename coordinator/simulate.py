@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from farfield.emulator import backbone
-from farfield.protocols.errors import RunError
+from farfield.protocols.errors import PlanError, RunError
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import digest
 
@@ -74,6 +74,11 @@ def simulate(request: Request, progress: Progress) -> Result:
     plan = plans.load(request.plan)
     folder, info = _opened(request, plan) if request.resume else (None, None)
     clients = sources(info.clients if info else request.clients, _data(request, info))
+    if plan.cohort.minimum > len(clients):
+        raise PlanError(
+            f"cohort.minimum = {plan.cohort.minimum}, but there are {len(clients)} clients: no round could ever count",
+            where=request.plan,
+        )
     model_folder = backbone.resolve(plan.model.backbone, request.plan.absolute().parent)
     backbone.check(model_folder)
     fingerprint = backbone.fingerprint(model_folder)
@@ -142,6 +147,12 @@ def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:
         )
     if request.clients not in (None, info.clients):
         raise RunError(f"this run has {info.clients} clients, not {request.clients}", where=folder.path)
+    if request.data is not None and str(request.data.absolute()) != info.data:
+        raise RunError(
+            f"this run's data is {info.data or 'the standard library'}, not {request.data}",
+            where=folder.path,
+            hint="Leave --data out when you resume.",
+        )
     if request.faults not in (None, Faults(info.dropout, info.stragglers)):
         raise RunError(
             f"this run has --dropout {info.dropout} --stragglers {info.stragglers}",

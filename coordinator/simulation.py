@@ -1,23 +1,23 @@
 """A whole federation in one process: the same rounds, messages and worker as a deployment, without the network.
 
 Every task and every reply goes through the codec as bytes, and those bytes are what is counted. One bench (a backbone
-with the tuning method installed) serves all clients in turn, and only the last few clients' examples are kept, so
-memory does not grow with the number of clients.
+with the tuning method installed) serves all clients in turn, and of their examples only so much is kept, so memory
+does not grow with the number of clients.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from farfield.protocols import codec
-from farfield.protocols.errors import DataError, PlanError
-from farfield.protocols.messages import Participant, Reply, Task
+from farfield.protocols.errors import DataError, PlanError, WireError
+from farfield.protocols.messages import Failed, Participant, Reply, Task
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from farfield.edge_client.data import ClientData
     from farfield.emulator.bench import Bench
 
-CACHED_CLIENTS = 8
-"""How many clients' examples are kept after use, for federations small enough that each is needed in every round."""
+CACHED_BYTES = 32_000_000
+"""How much memory the clients' examples may take after use, so that small data is tokenised only once."""
+
+EXAMPLE_BYTES = 130
+"""What an example takes besides its tokens of 4 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class Fleet:
         self._plan = plan
         self._bench = bench
         self._sources = {client.name: client for client in clients}
-        self.data = lru_cache(maxsize=CACHED_CLIENTS)(self._read)
+        self._kept: OrderedDict[str, tuple[ClientData, int]] = OrderedDict()
 
     @property
     def names(self) -> list[str]:
@@ -103,6 +106,17 @@ class Fleet:
         from farfield.edge_client.worker import Worker
 
         return Worker(name, self._bench, lambda: self.data(name))
+
+    def data(self, name: str) -> ClientData:
+        """The client's examples: those used last are kept, up to `CACHED_BYTES`, the others read again."""
+        if name not in self._kept:
+            data = self._read(name)
+            size = sum(EXAMPLE_BYTES + 4 * len(example.input_ids) for example in (*data.train, *data.held_out))
+            self._kept[name] = data, size
+        self._kept.move_to_end(name)
+        while sum(size for _, size in self._kept.values()) > CACHED_BYTES and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return self._kept[name][0]
 
     def check(self, observer: Observer) -> None:
         """Read every client's data once, so that what is wrong with it is said before any work is done.
@@ -236,7 +250,10 @@ class Simulation:
         received = codec.encode_reply(self._fleet.client(task.node).perform(codec.decode_task(sent)))
         traffic.down += len(sent)
         traffic.up += len(received)
-        return codec.decode_reply(received)
+        try:
+            return codec.decode_reply(received)
+        except WireError as error:
+            return Reply.to(task, Failed(f"sent a reply that cannot be read: {error}"))
 
     def _happens(self, what: str, probability: float, task: Task) -> bool:
         return random.Random(derive(self._plan.training.seed, what, task.round, task.node)).random() < probability

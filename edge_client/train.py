@@ -83,6 +83,13 @@ class MasterWeights:
     def values(self) -> list[torch.Tensor]:
         return list(self._values.values())
 
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Take over what the tuning method itself has changed in the parameters since they were published."""
+        for name, parameter in self._parameters.items():
+            value = self._values[name]
+            value.copy_(torch.where(parameter == value.to(parameter.dtype), value, parameter.float()))
+
     def take_gradients(self) -> None:
         """Move the parameters' gradients to the masters; a parameter that got none counts as zero."""
         for name, parameter in self._parameters.items():
@@ -135,16 +142,19 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(seed, "dropout"))
         tuned.model.train()
+        if tuned.before_training is not None:
+            tuned.before_training()
         for step in range(first_step, first_step + steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(training, step, horizon)
             loss, targets = _accumulate(tuned, next(stream), pad_id, device)
             if tuned.after_backward is not None:
                 tuned.after_backward(step)
+                masters.absorb()
             masters.take_gradients()
             if training.proximal_mu:
                 masters.pull_back(training.proximal_mu)
-            if training.max_grad_norm is not None:
+            if training.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(masters.values, training.max_grad_norm)
             optimizer.step()
             masters.publish()

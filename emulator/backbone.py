@@ -112,7 +112,7 @@ def load_model(
     labels: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The frozen backbone in `folder`, in evaluation mode.
 
@@ -123,7 +123,8 @@ def load_model(
         seed: what a new classification head is drawn from, on the CPU whatever the device. A head that the folder holds
             for exactly this many classes is kept.
         device: where the model goes.
-        attention: which of transformers' implementations of attention, for instance `sdpa` or `eager`.
+        attention: which of transformers' implementations of attention, for instance `eager`; None is `sdpa` for models
+            that have it.
 
     Raises:
         BackboneError: as `check` does; or the folder's model is not made for the task, or its weights are incomplete.
@@ -139,7 +140,7 @@ def load_model(
         if config.num_labels != labels:  # setting it anew would lose the names of the classes
             config.num_labels = labels
     kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    with _silent_transformers(), torch.random.fork_rng(devices=[]):
+    with silent_transformers(), torch.random.fork_rng(devices=[]):
         # Weights that the checkpoint lacks are drawn while loading; not `torch.manual_seed`, which also seeds
         # accelerators, and those are not restored here.
         torch.default_generator.manual_seed(seed)
@@ -178,7 +179,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _refuse_remote_code(folder / "tokenizer_config.json")
     if not any((folder / name).is_file() for name in _TOKENIZER - {"chat_template.jinja"}):
         raise BackboneError("the folder holds no tokenizer", where=folder, hint="Save it there with save_pretrained.")
-    with _silent_transformers():
+    with silent_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust parser raises bare `Exception` for a broken file
@@ -286,7 +287,7 @@ def _config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     _check_config(folder)
-    with _silent_transformers():
+    with silent_transformers():
         try:
             return cast(
                 "PreTrainedConfig", AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -331,7 +332,7 @@ def _refuse_holes(folder: Path, task: str, model: PreTrainedModel, report: dict[
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No progress bars, reports or advice on stderr: whatever matters becomes an error here."""
     import transformers.utils.logging
 

@@ -22,13 +22,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from farfield.edge_client import stdlib
+from farfield.emulator.backbone import silent_transformers
 
 VOCABULARY = 3072
 CONTEXT = 512
@@ -200,15 +201,28 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, tokens: torch.Tensor, size: int) -> float:
-    """Bits that code the stream over its size in bytes; every token sees at least CONTEXT / 2 tokens before it."""
+    """Bits that code the stream over its size in bytes; every token sees at least CONTEXT / 2 tokens before it.
+
+    Windows of CONTEXT + 1 tokens begin every CONTEXT / 2; of each, the second half is scored, and of the first one all.
+    """
     half = CONTEXT // 2
+    starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
+    tail = tokens[int(starts[-1]) + half :][None]
     nats = 0.0
-    for start in range(0, len(tokens) - 1, half):
-        window = tokens[max(0, start - half) : start + half + 1]
-        logits = model(input_ids=window[None, :-1], use_cache=False).logits[0]
-        fresh = min(half, len(tokens) - 1 - start)
-        nats += float(torch.nn.functional.cross_entropy(logits[-fresh:].float(), window[-fresh:], reduction="sum"))
+    for chunk in track(starts.split(BATCH), "measuring", transient=True):
+        windows = torch.stack([tokens[start : start + CONTEXT + 1] for start in chunk.tolist()])
+        nats += _nats(model, windows, half)
+        if chunk[0] == 0:
+            nats += _nats(model, windows[:1, : half + 1], half)
+    nats += _nats(model, tail, tail.shape[1] - half - 1)
     return nats / math.log(2) / size
+
+
+def _nats(model: LlamaForCausalLM, windows: torch.Tensor, scored: int) -> float:
+    """Summed negative log-likelihood of the last `scored` tokens of int64[batch, length] windows."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False, logits_to_keep=scored).logits
+    targets = windows[:, -scored:]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
 
 
 @app.command()
@@ -232,8 +246,9 @@ def measure(work: Work = Path("runs/pretrain"), target: Path = TARGET) -> None:
         rows.append(f"| {label} | {len(texts)} | {len(raw):,} | **{bits:.3f}** | {packed[0]:.3f} | {packed[1]:.3f} |")
         print(rows[-1], flush=True)
     target.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    with silent_transformers():
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     (target / "README.md").write_text(card(model, step, rows), encoding="utf-8")
 
 

@@ -91,7 +91,8 @@ class Training(Settings):
     """The work of one client in one round, and how many rounds there are.
 
     The budget of a round is `steps` or `epochs`. The learning-rate schedule runs over all rounds, not over each.
-    `proximal_mu` is μ of FedProx (Li et al. 2020, eq. 2); 0 is plain local training.
+    Gradients are clipped to `max_grad_norm`; 0 leaves them as they are. `proximal_mu` is μ of FedProx (Li et al. 2020,
+    eq. 2); 0 is plain local training.
     """
 
     rounds: PositiveInt
@@ -101,11 +102,11 @@ class Training(Settings):
     gradient_accumulation: PositiveInt = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
-    momentum: Share = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     proximal_mu: NonNegativeFloat = 0.0
     seed: Seed = 0
 

@@ -79,10 +79,11 @@ class AdaLora(PeftMethod):
             target_modules=names_for_peft(model, architecture, tuple(linear.path for linear in linears)),
             fan_in_fan_out=transposed(linears),
         )
-        return Adapter(config, after_backward=_Step(self.orthogonality))
+        budget = _Budget(self.orthogonality)
+        return Adapter(config, before_training=budget.begin, after_backward=budget.step)
 
 
-class _Step:
+class _Budget:
     """What AdaLoRA does between backward and the optimiser: regularise, then allocate the budget (`peft`).
 
     The pattern of kept ranks is held here between steps, not in the adapter's configuration: `peft` cuts the tensors
@@ -94,11 +95,20 @@ class _Step:
         self.orthogonality = orthogonality
         self.pattern: dict[str, list[bool]] | None = None
 
-    def __call__(self, model: PeftModel, step: int) -> None:
+    def begin(self, model: PeftModel) -> None:
+        self.pattern = None
+        cast("Any", model.base_model).rankallocator.reset_ipt()
+
+    def step(self, model: PeftModel, step: int) -> None:
         self._regularise(model)
-        config = model.active_peft_config
+        base, config = cast("Any", model.base_model), cast("Any", model.active_peft_config)
+        if self.pattern is None and step >= config.total_step - config.tfinal:
+            # The task begins where the budget has been spent already: whom to keep is decided by its first gradients.
+            base.rankallocator.update_ipt(base.model)
+            _, self.pattern = base.rankallocator.update_and_allocate(base.model, step, force_mask=True)
+            return
         config.rank_pattern = self.pattern
-        cast("Any", model.base_model).update_and_allocate(step)
+        base.update_and_allocate(step)
         self.pattern, config.rank_pattern = config.rank_pattern, None
 
     def _regularise(self, model: PeftModel) -> None:

@@ -37,10 +37,13 @@ class Tuned:
 
     Attributes:
         model: called like the model it was made from. Exactly the parameters that the method trains require gradients.
+        before_training: called before the first step of each task. What a task does depends on nothing but the task, so
+            a method forgets here whatever it has gathered before; a model may serve many clients in turn.
         after_backward: called with the number of the step (from 0, over all rounds) between backward and the optimiser.
     """
 
     model: torch.nn.Module
+    before_training: Callable[[], None] | None = field(default=None, kw_only=True)
     after_backward: Callable[[int], None] | None = field(default=None)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

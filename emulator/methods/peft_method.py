@@ -6,6 +6,7 @@ A method's own file says what is particular to it, as an `Adapter`; nothing here
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
 from abc import abstractmethod
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
     from farfield.emulator.architecture import Architecture, Linear
 
+# `peft` imports bitsandbytes where that is installed, and on processors with AVX512-BF16 it regrets on stderr that it
+# found no kernel on the hub. There is nothing to be done about it, and it looks like a fault.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+
 # TOML has lists only; a tuple keeps the settings immutable.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
 Targets = Literal["all-linear"] | Names
@@ -45,11 +50,12 @@ class Adapter:
     Attributes:
         config: what `peft` is to install.
         frozen: a pattern; adapter parameters whose name it is found in are not trained.
-        after_backward: becomes `Tuned.after_backward`, with the model that `peft` made as its first argument.
+        before_training, after_backward: become those of `Tuned`, with the model that `peft` made as first argument.
     """
 
     config: PeftConfig
     frozen: str | None = None
+    before_training: Callable[[PeftModel], None] | None = None
     after_backward: Callable[[PeftModel, int], None] | None = None
 
 
@@ -95,8 +101,12 @@ class PeftMethod(TuningMethod):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(adapter.frozen is None or re.search(adapter.frozen, name) is None)
-        hook = adapter.after_backward
-        return Tuned(tuned, None if hook is None else lambda step: hook(tuned, step))
+        before, after = adapter.before_training, adapter.after_backward
+        return Tuned(
+            tuned,
+            before_training=None if before is None else lambda: before(tuned),
+            after_backward=None if after is None else lambda step: after(tuned, step),
+        )
 
     @final
     def merge(self, tuned: Tuned) -> PreTrainedModel:

@@ -177,7 +177,7 @@ def test_an_evaluation_weighs_by_targets() -> None:
     ann, bob, cy = round_.tasks()
     round_.receive(Reply.to(ann, Evaluated(1, 10, 1.0, 5)), now=0.0)
     round_.receive(Reply.to(bob, Evaluated(1, 30, 3.0, 5)), now=0.0)
-    assert round_.receive(Reply.to(cy, Evaluated(0, 0, 0.0, 0)), now=0.0) is Verdict.INVALID
+    assert round_.receive(Reply.to(cy, Evaluated(0, 0, 0.0, 0)), now=0.0) is Verdict.ACCEPTED
     score = round_.result()
     assert score is not None
     assert (score.loss, score.accuracy, score.clients) == (2.5, 0.25, ("ann", "bob"))

@@ -1,0 +1,197 @@
+"""A worker at a real bench: what it answers, and that what it cannot do is an answer too."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from farfield.edge_client.data import ClientData, Example, TokenExample
+from farfield.edge_client.train import evaluate
+from farfield.edge_client.worker import Worker
+from farfield.emulator.bench import Bench
+from farfield.emulator.methods import registered
+from farfield.protocols import plan as plans
+from farfield.protocols.errors import DataError
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
+from farfield.protocols.plan import Plan
+from farfield.protocols.tensors import State, pack_state, unpack_state
+
+hf: Any = transformers  # whose constructors are untyped
+
+WORDS = {"<pad>": 0, "<end>": 1} | {f"w{index}": index for index in range(2, 20)}
+
+
+def text(rounds: int = 2, wire: str = "float32", examples: str = "") -> str:
+    return f"""
+        [model]
+        backbone = "anywhere"
+        dtype = "float32"
+        [tuning]
+        kind = "lora"
+        rank = 2
+        [training]
+        rounds = {rounds}
+        epochs = 2
+        batch_size = 2
+        schedule = "linear"
+        [evaluation]
+        batch_size = 2
+        {examples}
+        [delivery]
+        dtype = "{wire}"
+    """
+
+
+def parsed(source: str) -> Plan:
+    return plans.parse(source, registered(), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backbone")
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(path)
+    config = hf.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bench(folder: Path) -> Bench:
+    return Bench(parsed(text()), folder)
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    generator = np.random.default_rng(seed)
+    rows = [array("i", [int(one) for one in generator.integers(2, 20, 6 + row)]) for row in range(count)]
+    return [TokenExample(ids, ids) for ids in rows]
+
+
+def data() -> ClientData:
+    return ClientData(examples(5), examples(3, seed=1))
+
+
+@pytest.fixture(scope="module")
+def start(bench: Bench) -> State:
+    generator = np.random.default_rng(2)
+    return {name: generator.normal(0, 0.1, array_.shape).astype(np.float32) for name, array_ in bench.adapter().items()}
+
+
+def task(bench: Bench, work: Train | Evaluate, round_: int = 1) -> Task:
+    return Task("run", round_, "ann", bench.plan.digest, work)
+
+
+def perform(
+    bench: Bench, start: State, kind: type[Train] | type[Evaluate], source: Callable[[], ClientData] = data
+) -> Reply:
+    sent = task(bench, kind(pack_state(start, "float32")))
+    return Worker("ann", bench, source).perform(sent)
+
+
+def test_training_answers_with_the_difference_and_what_it_took(bench: Bench, start: State) -> None:
+    steps: list[float] = []
+    sent = task(bench, Train(pack_state(start, "float32")))
+    reply = Worker("ann", bench, data, steps.append).perform(sent)
+    assert (reply.run, reply.round, reply.node, reply.plan_digest) == ("run", 1, "ann", bench.plan.digest)
+    done = reply.outcome
+    assert isinstance(done, Trained)
+    assert done.examples == 5
+    assert done.steps == len(steps) == 6  # two epochs of three batches
+    assert done.targets == 2 * sum(len(one.input_ids) - 1 for one in data().train)
+    update = unpack_state(done.update)
+    assert {name: one.shape for name, one in update.items()} == {name: one.shape for name, one in start.items()}
+    for name, parameter in bench.tuned.trainable().items():
+        assert update[name].any()
+        np.testing.assert_allclose(parameter.detach().numpy(), start[name] + update[name], rtol=0, atol=2**-22)
+
+
+def test_a_task_is_done_the_same_whatever_was_done_before_it(bench: Bench, start: State) -> None:
+    first = perform(bench, start, Train)
+    perform(bench, {name: -one for name, one in start.items()}, Train)
+    perform(bench, start, Evaluate)
+    assert perform(bench, start, Train) == first
+
+
+def test_another_round_or_node_is_trained_in_another_order(bench: Bench, start: State) -> None:
+    sent = task(bench, Train(pack_state(start, "float32")))
+    outcomes = [
+        Worker("ann", bench, data).perform(one).outcome
+        for one in (sent, replace(sent, round=2), replace(sent, node="b"))
+    ]
+    updates = [one.update for one in outcomes if isinstance(one, Trained)]
+    assert updates[0] != updates[1]
+    assert updates[0] != updates[2]
+
+
+def test_updates_travel_in_the_plans_number_format(folder: Path) -> None:
+    bench = Bench(parsed(text(wire="bfloat16")), folder)
+    done = perform(bench, bench.adapter(), Train).outcome
+    assert isinstance(done, Trained)
+    assert {tensor.dtype for tensor in done.update.values()} == {"bfloat16"}
+
+
+def test_evaluation_is_on_the_held_out_examples(bench: Bench, start: State) -> None:
+    measured = perform(bench, start, Evaluate).outcome
+    assert isinstance(measured, Evaluated)
+    bench.load(start)
+    expected = evaluate(bench.tuned, data().held_out, 2, pad_id=bench.pad_id)
+    assert measured == Evaluated(3, expected.targets, expected.loss, expected.correct)
+
+
+def test_evaluation_takes_no_more_examples_than_the_plan_says(folder: Path) -> None:
+    bench = Bench(parsed(text(examples="examples = 2")), folder)
+    measured = perform(bench, bench.adapter(), Evaluate).outcome
+    assert isinstance(measured, Evaluated)
+    assert measured.examples == 2
+    assert measured.targets == sum(len(one.input_ids) - 1 for one in data().held_out[:2])
+
+
+def test_evaluation_without_held_out_examples_counts_for_nothing(bench: Bench, start: State) -> None:
+    reply = perform(bench, start, Evaluate, lambda: ClientData(examples(2), []))
+    assert reply.outcome == Evaluated(0, 0, 0.0, 0)
+
+
+def refused() -> ClientData:
+    raise DataError("no usable example", where="secret-free/path.jsonl")
+
+
+def test_what_cannot_be_done_is_an_answer(bench: Bench, start: State) -> None:
+    for kind in (Train, Evaluate):
+        work = kind(pack_state(start, "float32"))
+        other = replace(task(bench, work), plan_digest="00" * 32)
+        reply = Worker("ann", bench, data).perform(other)
+        assert isinstance(reply.outcome, Failed)
+        assert reply.plan_digest == "00" * 32
+        assert reply.outcome.reason == "run run, round 1: the task belongs to another Plan"
+
+        reply = perform(bench, start, kind, refused)
+        assert reply.outcome == Failed("secret-free/path.jsonl: no usable example")
+
+        names = sorted(start)
+        shorter = {name: start[name] for name in names[1:]}
+        longer = start | {"more": np.zeros(2, np.float32)}
+        reshaped = start | {names[0]: start[names[0]].T.copy()}
+        for wrong in (shorter, longer, reshaped, {}):
+            reply = perform(bench, wrong, kind)
+            assert isinstance(reply.outcome, Failed)
+            assert "the adapter's tensors are not those" in reply.outcome.reason
+
+
+def test_data_is_not_touched_for_another_plan(bench: Bench, start: State) -> None:
+    def touched() -> ClientData:
+        raise AssertionError("the data was read")
+
+    sent = replace(task(bench, Train(pack_state(start, "float32"))), plan_digest="00" * 32)
+    assert isinstance(Worker("ann", bench, touched).perform(sent).outcome, Failed)
