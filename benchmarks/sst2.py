@@ -54,7 +54,7 @@ PLAN = """
 backbone = {backbone}
 task = "sequence-classification"
 labels = 2
-dtype = "float32"
+dtype = "bfloat16"
 
 [tuning]
 kind = "lora"
@@ -158,8 +158,8 @@ def accuracy(bench: Bench, tuned: Tuned, rows: Sequence[tuple[int, str]]) -> flo
 def main(
     data_folder: Annotated[Path, typer.Option("--data", help="Folder with train.tsv and dev.tsv.")],
     backbone: Annotated[Path | None, typer.Option(help="Hugging Face folder of an encoder.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of ten clients.")] = 20,
-    steps: Annotated[int, typer.Option(help="Steps of each client in each round.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds of ten clients.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps of each client in each round.")] = 5,
     write: Annotated[Path | None, typer.Option(help="Put the table between its markers in this file.")] = None,
 ) -> None:
     if backbone is None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from farfield.protocols.errors import BackboneError, did_you_mean
 
+from . import offline  # noqa: F401 - for its effect
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

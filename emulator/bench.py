@@ -47,7 +47,7 @@ class Bench:
             device=self.device,
             attention=_attention(self.device, plan.data.max_length),
         )
-        steps = plan.training.rounds * (plan.training.steps or 1)
+        steps = plan.training.rounds * plan.training.steps if plan.training.steps else None
         self.tuned: Tuned = self.method.install(model, Setting(plan.model.task, plan.training.seed, steps))
 
     @property

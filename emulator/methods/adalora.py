@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
+from farfield.protocols.errors import TuningError
+
 from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
 
@@ -63,6 +65,12 @@ class AdaLora(PeftMethod):
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import AdaLoraConfig
 
+        if setting.steps is None:
+            raise TuningError(
+                "AdaLoRA spends its budget over a known number of steps",
+                where="training.epochs",
+                hint="Give the budget of a round as training.steps.",
+            )
         linears = select(self.targets, architecture)
         config = AdaLoraConfig(
             init_r=self.initial_rank,
@@ -74,7 +82,7 @@ class AdaLora(PeftMethod):
             deltaT=self.interval,
             beta1=self.beta1,
             beta2=self.beta2,
-            orth_reg_weight=0.0,  # `_Step` adds it, also where the trainer computes its own loss
+            orth_reg_weight=0.0,  # `_Budget` adds it, also where the trainer computes its own loss
             total_step=setting.steps,
             target_modules=names_for_peft(model, architecture, tuple(linear.path for linear in linears)),
             fan_in_fan_out=transposed(linears),

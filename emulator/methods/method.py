@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
+from farfield.emulator import offline  # noqa: F401 - for its effect
 from farfield.protocols.plan import TuningSettings
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ class Setting:
     Attributes:
         task: `causal-lm` or `sequence-classification`; the head of a classifier is new, so it is always trained.
         seed: what the initial values are drawn from, on the CPU, so that every machine draws the same.
-        steps: optimiser steps that one client makes over all rounds, for methods that follow a schedule.
+        steps: optimiser steps that one client makes over all rounds, for methods that follow a schedule; None where the
+            budget is in epochs, so that every client makes as many as its data want.
     """
 
     task: str
     seed: int
-    steps: int
+    steps: int | None
 
 
 @dataclass(frozen=True, slots=True)

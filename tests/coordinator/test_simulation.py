@@ -280,15 +280,16 @@ def test_a_client_that_diverges_is_a_problem_of_its_own(place: Place, monkeypatc
 def test_all_examples_of_many_clients_are_never_in_memory(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for three clients' tokens: those that have not been used for longest are read again, and are the same."""
+    """Room for three clients' examples: those that have not been used for longest are read again, and are the same."""
     place = Place.make(tmp_path, backbone, clients=1)
     text = (place.path / "data" / "client-000.jsonl").read_text()
     for other in "bcdef":
         (place.path / "data" / f"{other}.jsonl").write_text(text)
     _, _, clients = fleet(place)
     one = clients.data(clients.names[0])
-    tokens = sum(len(example.input_ids) for example in (*one.train, *one.held_out))
-    monkeypatch.setattr(simulation, "CACHED_TOKENS", 3 * tokens)
+    examples = (*one.train, *one.held_out)
+    size = sum(simulation.EXAMPLE_BYTES + 4 * len(example.input_ids) for example in examples)
+    monkeypatch.setattr(simulation, "CACHED_BYTES", 3 * size)
     _, _, clients = fleet(place)
     reads: list[str] = []
     read = Fleet._read
