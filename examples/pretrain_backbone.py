@@ -1,6 +1,6 @@
 """Train `builtin:tiny-llama-py`, the backbone that Farfield carries, on a part of Python's standard library.
 
-    python examples/pretrain_backbone.py train --steps 2400     # resumes where it stopped
+    python examples/pretrain_backbone.py train --steps 1500     # resumes where it stopped
     python examples/pretrain_backbone.py measure                # bits per byte against xz and gzip; the model's card
 
 The data is the code of every standard-library unit that no client holds (`farfield.edge_client.stdlib`), without
@@ -159,7 +159,7 @@ def restore(path: Path, model: LlamaForCausalLM, chosen: list[torch.optim.Optimi
 
 @app.command()
 def train(
-    steps: Annotated[int, typer.Option(help=f"Optimiser steps of {BATCH} x {CONTEXT} tokens.")] = 2400,
+    steps: Annotated[int, typer.Option(help=f"Optimiser steps of {BATCH} x {CONTEXT} tokens.")] = 1500,
     work: Work = Path("runs/pretrain"),
 ) -> None:
     """Train, or go on training; Ctrl-C keeps the last checkpoint (one every 50 steps)."""
