@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,9 +33,10 @@ def centralised(
 ) -> Centralised:
     """Train from `initial` for `steps` steps on the pooled examples, and measure on what the evaluators held out.
 
-    Losses are None where no step was made or nothing was held out.
+    The figures are None where no step was made, nothing was held out, or training diverged.
 
-    Batch size, optimiser and learning rate are the Plan's; its schedule runs over `steps`.
+    Batch size, optimiser and learning rate are the Plan's; its schedule runs over `steps`, and FedProx's term, which
+    holds a client near what it received, is left out.
     """
     from farfield.edge_client.train import evaluate, train
 
@@ -45,7 +47,7 @@ def centralised(
         bench.tuned,
         initial,
         pooled,
-        plan.training,
+        plan.training.model_copy(update={"proximal_mu": 0.0}),
         pad_id=bench.pad_id,
         seed=derive(plan.training.seed, "centralised"),
         steps=steps,
@@ -59,10 +61,7 @@ def centralised(
         if (held_out := fleet.data(name).held_out[: plan.evaluation.examples])
     ]
     targets = sum(one.targets for one in measured)
-    if not targets:
+    loss = sum(one.loss * one.targets for one in measured) / targets if targets else math.nan
+    if not math.isfinite(loss):
         return Centralised(steps, None, None)
-    return Centralised(
-        steps,
-        sum(one.loss * one.targets for one in measured) / targets,
-        sum(one.correct for one in measured) / targets,
-    )
+    return Centralised(steps, loss, sum(one.correct for one in measured) / targets)

@@ -60,6 +60,7 @@ def simulate(
     if json_file is not None:  # before the work, not after hours of it
         with writing(json_file):
             json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.open("a").close()
     try:
         with progress:
             result = simulate(request, progress)

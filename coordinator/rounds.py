@@ -7,7 +7,7 @@
     round.tick(now)                   closes the round when its time is up
     round.closed, round.result()      nothing more will change; the aggregate, or None with too few updates
 
-The Flower driver and the in-process simulator drive the same object. A round never sleeps, reads no clock and touches
+Whatever carries the messages drives the same object. A round never sleeps, reads no clock and touches
 neither disk nor network; `now` is in seconds on any clock that does not go backwards.
 """
 
@@ -218,10 +218,8 @@ class TrainingRound:
     def _add(self, node: str, trained: Trained, update: State) -> None:
         weight = self._rule.weight(trained)
         for name, array in update.items():
-            if name in self._sum:
-                self._sum[name] += np.float32(weight) * array
-            else:
-                self._sum[name] = np.float32(weight) * array
+            total = self._sum.setdefault(name, np.zeros_like(array))
+            total += np.float32(weight) * array
         self._weight += weight
         self._counted.append(node)
         self._examples += trained.examples

@@ -105,12 +105,13 @@ class RunFolder:
     def info(self) -> RunInfo:
         try:
             return RunInfo(**json.loads((self.path / "run.json").read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RunError(f"damaged: {error}", where=self.path / "run.json") from None
 
     @property
     def plan_text(self) -> str:
-        return (self.path / "plan.toml").read_text(encoding="utf-8")
+        with _reading(self.path / "plan.toml"):
+            return (self.path / "plan.toml").read_text(encoding="utf-8")
 
     @property
     def adapter_folder(self) -> Path:
@@ -123,7 +124,9 @@ class RunFolder:
         Raises:
             RunError: another process holds it.
         """
-        with (self.path / "lock").open("w") as lock:
+        with writing(self.path):
+            lock = (self.path / "lock").open("w")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -155,9 +158,20 @@ class RunFolder:
         return Checkpoint(record, groups["adapter"], Moments(groups["first"], groups["second"]))
 
     def rounds(self) -> list[int]:
-        """Numbers of the rounds that have a checkpoint, ascending, 0 included."""
-        found = (re.fullmatch(r"round-(\d+)\.safetensors", path.name) for path in (self.path / "checkpoints").iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        """Numbers of the rounds that have a checkpoint: 0, 1, … Raises RunError when one between others is missing."""
+        folder = self.path / "checkpoints"
+        with _reading(folder):
+            names = [path.name for path in folder.iterdir()]
+        found = (re.fullmatch(r"round-(\d+)\.safetensors", name) for name in names)
+        numbers = sorted(int(match[1]) for match in found if match)
+        for expected, number in enumerate(numbers):
+            if number != expected:
+                raise RunError(
+                    f"the checkpoint of round {expected} is missing",
+                    where=folder,
+                    hint="Put it back, or remove all later ones to go on from the round before.",
+                )
+        return numbers
 
     def records(self) -> list[RoundRecord]:
         """The records of all finished rounds, from the checkpoints. Raises RunError when one is damaged."""

@@ -111,7 +111,6 @@ def simulate(request: Request, progress: Progress) -> Result:
         if request.compare:
             steps = sum(record.steps for record in records)
             yardstick = centralised(plan, bench, fleet, initial, steps, _counted(progress, steps))
-        measured = [record.eval_loss for record in records if record.eval_loss is not None]
         result = Result(
             run=info.run,
             folder=folder.path,
@@ -119,7 +118,7 @@ def simulate(request: Request, progress: Progress) -> Result:
             adapter_digest=digest(last.adapter),
             clients=len(clients),
             eval_loss_before=records[0].eval_loss,
-            eval_loss_after=measured[-1] if measured else None,
+            eval_loss_after=records[-1].eval_loss,
             rounds=records,
             centralised=yardstick,
             seconds=time.monotonic() - began,

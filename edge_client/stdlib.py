@@ -212,11 +212,13 @@ def _cleaned(piece: str) -> str:
 def client_prose(folder: Path | None = None) -> dict[str, list[str]]:
     """The prose of every client unit, unit by unit in alphabetical order; within a unit in path order, without tests.
 
-    Reads the clients' files only, in about a second, and leaves out a unit that this installation lacks or that holds
+    Reads the clients' files only, in about a second. A text that stands in several places is taken once, so that no
+    client trains on what another one holds out. Leaves out a unit that this installation lacks or that holds
     less than `MIN_CLIENT_CHARS`.
     """
     root = folder or Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[str]] = {unit: [] for unit in CLIENT_UNITS}
+    seen: set[str] = set()
     for entry in sorted(root.iterdir()):
         if owner(PurePosixPath(entry.name)) not in found:
             continue
@@ -225,7 +227,10 @@ def client_prose(folder: Path | None = None) -> dict[str, list[str]]:
             if file.suffix != ".py" or _SKIPPED & set(path.parts) or Source("", path, "").is_test:
                 continue
             if parsed := _parsed(file):
-                found[owner(path)] += _prose(*parsed)
+                for piece in _prose(*parsed):
+                    if piece not in seen:
+                        seen.add(piece)
+                        found[owner(path)].append(piece)
     return {unit: texts for unit, texts in found.items() if _size(texts) >= MIN_CLIENT_CHARS}
 
 

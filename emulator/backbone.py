@@ -54,7 +54,10 @@ def resolve(name: str, base: Path) -> Path:
         BackboneError: there is no builtin of that name.
     """
     if not name.startswith(BUILTIN):
-        return base / Path(name).expanduser()
+        try:
+            return base / Path(name).expanduser()
+        except RuntimeError as error:
+            raise BackboneError(str(error), where=name) from None
     wanted = name.removeprefix(BUILTIN)
     folder = Path(__file__).parent / "builtin"
     known = [one.name for one in folder.iterdir() if (one / _CONFIG).is_file()] if folder.is_dir() else []

@@ -28,7 +28,7 @@ _FROM_PB: Final[dict[int, DType]] = {pb.FLOAT32: "float32", pb.BFLOAT16: "bfloat
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large a message may be. Protocol buffers end at 2 GiB; what is larger travels as a bundle."""
+    """How large a message may be. Protocol buffers end at 2 GiB; larger ones are refused."""
 
     message_bytes: int = 1 << 30
     tensors: int = 65_536
@@ -152,6 +152,8 @@ def _state(parts: Any, limits: Limits) -> dict[str, Tensor]:
         if len(shape) > limits.dimensions:
             raise MessageTooLarge(f"{len(shape)} dimensions", where=name, hint=f"The limit is {limits.dimensions}.")
         state[name] = Tensor(_FROM_PB[part.dtype], shape, part.data)
+        if any(size > limits.message_bytes for size in shape):  # beside a 0 the product would not show it
+            raise MessageTooLarge(f"shape {shape}", where=name, hint=f"The limit is {limits.message_bytes}.")
     return state
 
 

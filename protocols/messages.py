@@ -96,6 +96,6 @@ class Reply:
 
 
 class Participant(Protocol):
-    """Anything that performs tasks: a simulated client, or the worker behind a connection."""
+    """Anything that performs tasks."""
 
     def perform(self, task: Task) -> Reply: ...

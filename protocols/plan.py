@@ -235,7 +235,7 @@ class Plan(Settings):
         return self
 
     def canonical(self) -> bytes:
-        """The bytes that are digested and signed: sorted, compact UTF-8 JSON with every default written out."""
+        """The bytes that are digested: sorted, compact UTF-8 JSON with every default written out."""
         return json.dumps(
             self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
         ).encode()
@@ -262,7 +262,7 @@ def parse(text: str, tuning_kinds: TuningKinds, rules: Collection[str] | None, *
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"not valid TOML: {error}", where=where) from None
     try:
         return Plan.model_validate(document, context={"tuning_kinds": tuning_kinds, "rules": rules})

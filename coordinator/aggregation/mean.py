@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from farfield.protocols.messages import Trained
 from farfield.protocols.plan import Aggregation
 from farfield.protocols.tensors import State
@@ -27,5 +29,5 @@ class WeightedMean(SumRule):
 
     def finish(self, weighted_sum: State, total_weight: float) -> State:
         for array in weighted_sum.values():
-            array /= total_weight
+            np.divide(array, total_weight, out=array)
         return weighted_sum

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from farfield.protocols.errors import TuningError
 
 from .method import Setting, register
-from .peft_method import Adapter, PeftMethod, Targets, names_for_peft, select, transposed
+from .peft_method import Adapter, Names, PeftMethod, named, names_for_peft, select, transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,9 @@ class Ia3(PeftMethod):
     """
 
     kind: Literal["ia3"] = "ia3"
-    targets: Literal["keys-values-feedforward"] | Targets = "keys-values-feedforward"
+    targets: Annotated[
+        Literal["keys-values-feedforward", "all-linear"] | Names, named("keys-values-feedforward", "all-linear")
+    ] = "keys-values-feedforward"
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import IA3Config

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from farfield.protocols.errors import TuningError, did_you_mean
 
@@ -34,7 +34,22 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "ker
 
 # TOML has lists only; a tuple keeps the settings immutable.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
-Targets = Literal["all-linear"] | Names
+
+
+def named(*words: str) -> BeforeValidator:
+    """Says in one sentence what may stand for targets, where the union's own errors would name its branches."""
+
+    def check(value: object) -> object:
+        names = isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value)
+        if value not in words and not names:
+            choices = " or ".join(f'"{word}"' for word in words)
+            raise ValueError(f'give {choices}, or a list of layer names such as ["q_proj", "v_proj"]')
+        return value
+
+    return BeforeValidator(check)
+
+
+Targets = Annotated[Literal["all-linear"] | Names, named("all-linear")]
 """`all-linear` is every linear layer of every block; a name stands for all layers whose path ends with it."""
 
 Rank = Annotated[int, Field(ge=1)]

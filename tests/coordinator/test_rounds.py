@@ -20,7 +20,7 @@ from farfield.protocols.plan import Cohort, Plan
 from farfield.protocols.tensors import State, pack_state
 
 NODES = ["ann", "bob", "cy"]
-ADAPTER: State = {"a": np.zeros((2, 2), np.float32), "b": np.zeros(3, np.float32)}
+ADAPTER: State = {"a": np.zeros((2, 2), np.float32), "b": np.zeros(3, np.float32), "c": np.zeros((), np.float32)}
 
 
 def plan(extra: str = "") -> Plan:
@@ -64,12 +64,12 @@ def test_the_mean_equals_the_reference(clients: list[tuple[int, float, float]]) 
     nodes = [f"n{i:02d}" for i in range(len(clients))]
     round_ = opened(nodes=nodes)
     for task, (examples, a, b) in zip(round_.tasks(), clients, strict=True):
-        update = {"a": np.full((2, 2), a, np.float32), "b": np.full(3, b, np.float32)}
+        update = {"a": np.full((2, 2), a, np.float32), "b": np.full(3, b, np.float32), "c": np.full((), b, np.float32)}
         round_.receive(trained(task, update=pack_state(update, "float32"), examples=examples), now=100.0)
     result = round_.result()
     assert result is not None
     weights = np.array([examples for examples, _, _ in clients], np.float64)
-    for name, column in (("a", 1), ("b", 2)):
+    for name, column in (("a", 1), ("b", 2), ("c", 2)):
         values = np.array([client[column] for client in clients], np.float64)
         reference = (weights * values).sum() / weights.sum()
         scale = max(1e-6, np.abs(values).max())
@@ -140,7 +140,7 @@ def test_fewer_updates_than_the_minimum_come_to_nothing() -> None:
     ("change", "reason"),
     [
         ({"update": {}}, "tensors differ from the adapter's"),
-        ({"update": pack_state({**ADAPTER, "c": np.ones(1, np.float32)}, "float32")}, "first at 'c'"),
+        ({"update": pack_state({**ADAPTER, "d": np.ones(1, np.float32)}, "float32")}, "first at 'd'"),
         ({"update": pack_state({**ADAPTER, "b": np.ones(4, np.float32)}, "float32")}, "first at 'b'"),
         (
             {"update": pack_state({**ADAPTER, "b": np.full(3, np.inf, np.float32)}, "float32")},

@@ -60,12 +60,11 @@ def library() -> dict[str, list[str]]:
 def small(tmp_path: Path) -> Path:
     """A library of three client units of 2,000, 3,000 and 9,000 characters, one that is too small, and others."""
     sizes = {"json/__init__.py": 3, "json/tool.py": 0, "uuid.py": 2, "xml/dom/a.py": 4, "xml/sax.py": 5, "heapq.py": 1}
+    words = (f"w{number:03d} " for number in range(1000))
     for name, count in sizes.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "\n".join(f'def f{number}():\n    """{"word " * 199 + "end.."}"""\n' for number in range(count))
-        )
+        path.write_text("\n".join(f'def f():\n    """{next(words) * 199 + "end.."}"""\n' for _ in range(count)))
     (tmp_path / "test" / "test_json").mkdir(parents=True)
     for other in ("test/test_json/test_a.py", "json/tests.txt", "abc.py", "xml/broken.py"):
         (tmp_path / other).write_text(f'"""{"never " * 400}"""\n' + "def (" * (other == "xml/broken.py"))
@@ -247,3 +246,9 @@ def every_cut(sizes: list[int]) -> list[list[list[int]]]:
 def test_the_real_library_gives_enough_for_a_large_demonstration(library: dict[str, list[str]]) -> None:
     assert len(library) >= 20
     assert sum(map(stdlib._most_parts, library.values())) >= 256
+
+
+def test_no_text_is_held_twice() -> None:
+    """A duplicate could be trained on by one client and held out by another."""
+    texts = [text for _, held in stdlib.clients(8) for text in held]
+    assert len(set(texts)) == len(texts)

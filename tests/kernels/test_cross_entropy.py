@@ -2,6 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farfield.edge_client import data
 from farfield.kernels import cross_entropy
 
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
@@ -64,3 +65,7 @@ def test_nothing_to_predict_is_zero() -> None:
     assert logits.grad is not None
     assert not logits.grad.any()
     assert cross_entropy.hits(logits, labels) == 0
+
+
+def test_data_and_kernel_agree_on_what_is_not_predicted() -> None:
+    assert data.IGNORED == cross_entropy.IGNORED

@@ -113,6 +113,14 @@ def test_a_shape_that_promises_more_than_came_allocates_nothing() -> None:
         codec.decode_task(message.SerializeToString())
 
 
+def test_a_shape_that_no_array_can_have_is_refused() -> None:
+    message = messages_pb2.Task.FromString(codec.encode_task(A_TASK))
+    message.train.adapter[0].shape[:] = [0, 2**63]
+    message.train.adapter[0].data = b""
+    with pytest.raises(MessageTooLarge, match="w: shape"):
+        codec.decode_task(message.SerializeToString())
+
+
 def test_contradictions_are_refused() -> None:
     message = messages_pb2.Task.FromString(codec.encode_task(A_TASK))
     twice = messages_pb2.Task.FromString(message.SerializeToString())
