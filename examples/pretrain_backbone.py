@@ -206,13 +206,13 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: torch.Tensor, size: int) -> f
     Windows of CONTEXT + 1 tokens begin every CONTEXT / 2; of each, the second half is scored, and of the first one all.
     """
     half = CONTEXT // 2
-    starts = torch.arange(0, len(tokens) - CONTEXT - 1, half)
-    tail = tokens[int(starts[-1]) + half :][None]
+    starts = range(0, len(tokens) - CONTEXT - 1, half)
+    tail = tokens[starts[-1] + half :][None]
     nats = 0.0
-    for chunk in track(starts.split(BATCH), "measuring", transient=True):
-        windows = torch.stack([tokens[start : start + CONTEXT + 1] for start in chunk.tolist()])
+    for first in track(range(0, len(starts), BATCH), "measuring", transient=True):
+        windows = torch.stack([tokens[start : start + CONTEXT + 1] for start in starts[first : first + BATCH]])
         nats += _nats(model, windows, half)
-        if chunk[0] == 0:
+        if first == 0:
             nats += _nats(model, windows[:1, : half + 1], half)
     nats += _nats(model, tail, tail.shape[1] - half - 1)
     return nats / math.log(2) / size
