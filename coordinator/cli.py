@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,9 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a federation in this process, with the messages and the training of a real one."""
+    # oneDNN keeps the kernels it made for every shape of batch, 1,024 by default. Many clients bring many shapes, and
+    # memory would grow with them. It reads this when torch is imported, which is later.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from .console import SimulationConsole, print_result
     from .runs import writing
     from .simulate import Request, simulate
