@@ -140,24 +140,12 @@ class _Ledger:
         return Verdict.INVALID
 
 
-class TrainingRound:
-    """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
+class _Round:
+    """What all rounds share: tasks of one kind go out, and the ledger knows who still owes an answer."""
 
-    Memory is one update's size whatever the number of clients. `problems` says by node what went wrong.
-    """
-
-    def __init__(
-        self, plan: Plan, run: str, number: int, adapter: State, cohort: Sequence[str], rule: SumRule, now: float
-    ) -> None:
-        self._rule = rule
-        self._adapter = pack_state(adapter, plan.delivery.dtype)
-        self._shapes = {name: array.shape for name, array in adapter.items()}
-        self._ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds)
-        self._sum: State = {}
-        self._weight = 0.0
-        self._counted: list[str] = []
-        self._examples = self._targets = self._steps = 0
-        self._loss = 0.0
+    def __init__(self, ledger: _Ledger, work: Train | Evaluate) -> None:
+        self._ledger = ledger
+        self._work = work
 
     @property
     def closed(self) -> bool:
@@ -168,13 +156,34 @@ class TrainingRound:
         return self._ledger.problems
 
     def tasks(self) -> Iterable[Task]:
-        return _tasks(self._ledger, Train(self._adapter))
+        for node in self._ledger.nodes:
+            yield Task(self._ledger.run, self._ledger.number, node, self._ledger.plan.digest, self._work)
 
     def lose(self, node: str, reason: str) -> None:
         self._ledger.lose(node, reason)
 
     def tick(self, now: float) -> None:
         self._ledger.tick(now)
+
+
+class TrainingRound(_Round):
+    """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
+
+    Memory is one update's size whatever the number of clients. `problems` says by node what went wrong.
+    """
+
+    def __init__(
+        self, plan: Plan, run: str, number: int, adapter: State, cohort: Sequence[str], rule: SumRule, now: float
+    ) -> None:
+        ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds)
+        super().__init__(ledger, Train(pack_state(adapter, plan.delivery.dtype)))
+        self._rule = rule
+        self._shapes = {name: array.shape for name, array in adapter.items()}
+        self._sum: State = {}
+        self._weight = 0.0
+        self._counted: list[str] = []
+        self._examples = self._targets = self._steps = 0
+        self._loss = 0.0
 
     def receive(self, reply: Reply, now: float) -> Verdict:
         """Count the reply, if it may count. A reply that is not counted changes no number."""
@@ -228,32 +237,15 @@ class TrainingRound:
         self._loss += trained.loss * trained.targets
 
 
-class EvaluationRound:
+class EvaluationRound(_Round):
     """Several clients measure one adapter on what they held out. Driven like a TrainingRound."""
 
     def __init__(
         self, plan: Plan, run: str, number: int, adapter: State, evaluators: Sequence[str], now: float
     ) -> None:
-        self._adapter = pack_state(adapter, plan.delivery.dtype)
-        self._ledger = _Ledger(plan, run, number, tuple(evaluators), now + plan.cohort.round_seconds)
+        ledger = _Ledger(plan, run, number, tuple(evaluators), now + plan.cohort.round_seconds)
+        super().__init__(ledger, Evaluate(pack_state(adapter, plan.delivery.dtype)))
         self._scores: dict[str, Evaluated] = {}
-
-    @property
-    def closed(self) -> bool:
-        return self._ledger.closed
-
-    @property
-    def problems(self) -> Mapping[str, str]:
-        return self._ledger.problems
-
-    def tasks(self) -> Iterable[Task]:
-        return _tasks(self._ledger, Evaluate(self._adapter))
-
-    def lose(self, node: str, reason: str) -> None:
-        self._ledger.lose(node, reason)
-
-    def tick(self, now: float) -> None:
-        self._ledger.tick(now)
 
     def receive(self, reply: Reply, now: float) -> Verdict:
         refused = self._ledger.admit(reply, now)
@@ -275,8 +267,3 @@ class EvaluationRound:
             return None
         loss = sum(score.loss * score.targets for score in scores) / targets
         return Score(loss, sum(score.correct for score in scores) / targets, targets, tuple(sorted(self._scores)))
-
-
-def _tasks(ledger: _Ledger, work: Train | Evaluate) -> Iterable[Task]:
-    for node in ledger.nodes:
-        yield Task(ledger.run, ledger.number, node, ledger.plan.digest, work)
