@@ -63,7 +63,9 @@ protos: .venv/dev
 	mkdir -p build/protos
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=farfield/protocols=protocols \
 		--python_out=build/protos --mypy_out=quiet:build/protos $(PROTOS:%=farfield/%)
-	cp build/protos/farfield/protocols/*_pb2.py* protocols/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=farfield/protocols=protocols \
+		--grpc_python_out=build/protos --mypy_grpc_out=quiet:build/protos farfield/protocols/federation.proto
+	cp build/protos/farfield/protocols/*_pb2*.py* protocols/
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -6,6 +6,13 @@
     ├── TuningError          a tuning method that does not fit the model
     ├── DataError            a client's data
     ├── RunError             a run folder: missing, of another Plan, or on a full disk
+    ├── HomeError            the folder of a coordinator or an edge client, or the settings in it
+    ├── StorageError         the coordinator's database, or a name that it does not know
+    ├── ServiceError         a service that cannot start, or cannot be reached
+    ├── BundleError          a bundle that cannot be made, fetched or verified
+    ├── TrustError           a certificate, signature or seal that does not hold
+    │   └── EnrolmentError       a token or a node that is not admitted
+    ├── ConsentError         what the owner of the data does not allow
     └── WireError            bytes from outside
         ├── MalformedMessage     not a message, or one that contradicts itself
         ├── MessageTooLarge      over a limit; raised before anything of that size is allocated
@@ -57,6 +64,34 @@ class DataError(FarfieldError):
 
 class RunError(FarfieldError):
     """A run folder is missing, belongs to another Plan, or lies on a full disk."""
+
+
+class HomeError(FarfieldError):
+    """The folder of a coordinator or an edge client is missing, unsafe, or has settings that are wrong."""
+
+
+class StorageError(FarfieldError):
+    """The coordinator's database cannot be used, or does not know the name that was given."""
+
+
+class ServiceError(FarfieldError):
+    """A service cannot start, or cannot be reached."""
+
+
+class BundleError(FarfieldError):
+    """A bundle cannot be made, fetched or verified."""
+
+
+class TrustError(FarfieldError):
+    """A certificate, signature or seal does not hold."""
+
+
+class EnrolmentError(TrustError):
+    """A token or a node is not admitted."""
+
+
+class ConsentError(FarfieldError):
+    """The owner of the data does not allow what is asked."""
 
 
 class WireError(FarfieldError):
