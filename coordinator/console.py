@@ -11,9 +11,9 @@ from rich.table import Table
 
 from farfield.protocols.plan import Plan
 
+from .conductor import improvement
 from .runs import RoundRecord, RunInfo
 from .simulate import Result
-from .simulation import improvement
 
 _COLUMNS = (
     ("round", 5),
@@ -144,6 +144,12 @@ def print_result(console: Console, result: Result) -> None:
     )
 
 
+_PROTECTION = {
+    "none": "none: whoever carries an update can read it; for simulations only",
+    "sealed": "sealed: the coordinator can read each client's update, and nobody on the way",
+}
+
+
 def print_plan(console: Console, plan: Plan) -> None:
     """`coordinator plan check`: the digest, and what the Plan will do, in words."""
     training, cohort, rule = plan.training, plan.cohort, plan.aggregation
@@ -167,7 +173,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "evaluation": f"every {plan.evaluation.every} round(s), on {plan.data.held_out:.0%} of the examples of up to "
         f"{plan.evaluation.clients} clients",
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
-        "protection": "none: the coordinator can read each client's update",
+        "protection": _PROTECTION[plan.protection.kind],
         "privacy": "none: no differential privacy",
     }
     console.print(f"[bold]digest[/]           {plan.digest}", highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@
     round.receive(reply, now)         once per reply, in the order they come; its update is added and forgotten
     round.lose(node, reason)          a participant that will not answer
     round.tick(now)                   closes the round when its time is up
-    round.closed, round.result()      nothing more will change; the aggregate, or None with too few updates
+    round.closed, round.result()      enough answers or no time left; the aggregate, or None with too few updates
 
 Whatever carries the messages drives the same object. A round never sleeps, reads no clock and touches
 neither disk nor network; `now` is in seconds on any clock that does not go backwards.
@@ -13,15 +13,17 @@ neither disk nor network; `now` is in seconds on any clock that does not go back
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from farfield.protocols.errors import WireError
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Refused, Reply, Task, Train, Trained
 from farfield.protocols.plan import Cohort, Plan
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State, pack_state, unpack
@@ -36,6 +38,7 @@ class Verdict(Enum):
     LATE = "late"
     STRAY = "stray"
     FAILED = "failed"
+    REFUSED = "refused"
     INVALID = "invalid"
 
 
@@ -68,7 +71,7 @@ class Score:
 
 
 def cohort_size(settings: Cohort, present: int) -> int:
-    """How many of `present` clients one round asks."""
+    """How many of `present` clients one round wants."""
     if settings.size is not None:
         return min(settings.size, present)
     if settings.fraction is not None:
@@ -77,10 +80,16 @@ def cohort_size(settings: Cohort, present: int) -> int:
 
 
 def sample_cohort(plan: Plan, number: int, present: Iterable[str]) -> list[str]:
-    """The nodes of round `number`: uniformly, without replacement, the same for the same Plan and the same nodes."""
+    """The nodes of round `number`: uniformly, without replacement, the same for the same Plan and the same nodes.
+
+    With over-selection they are more than `cohort_size`, and stand in the order in which they were drawn.
+    """
     nodes = sorted(present)
     generator = random.Random(derive(plan.training.seed, "cohort", number))
-    return sorted(generator.sample(nodes, cohort_size(plan.cohort, len(nodes))))
+    wanted = cohort_size(plan.cohort, len(nodes))
+    if not plan.cohort.over_selection:
+        return sorted(generator.sample(nodes, wanted))
+    return generator.sample(nodes, min(len(nodes), math.ceil(wanted * (1 + plan.cohort.over_selection))))
 
 
 def sample_evaluators(plan: Plan, present: Iterable[str]) -> list[str]:
@@ -99,7 +108,9 @@ class _Ledger:
     number: int
     nodes: tuple[str, ...]
     deadline: float
+    wanted: int | None = None
     waiting: set[str] = field(init=False)
+    counted: int = 0
     expired: bool = False
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -108,7 +119,7 @@ class _Ledger:
 
     @property
     def closed(self) -> bool:
-        return self.expired or not self.waiting
+        return self.expired or not self.waiting or self.counted == self.wanted
 
     def admit(self, reply: Reply, now: float) -> Verdict | None:
         """None for a reply that may count; the sender is then no longer waited for."""
@@ -118,10 +129,16 @@ class _Ledger:
         self.tick(now)
         if reply.node not in self.waiting:
             return Verdict.LATE if reply.node in self.problems else Verdict.STRAY
+        if self.closed:
+            return Verdict.LATE
         self.waiting.discard(reply.node)
-        if isinstance(reply.outcome, Failed):
-            self.problems[reply.node] = reply.outcome.reason
-            return Verdict.FAILED
+        match reply.outcome:
+            case Failed(reason):
+                self.problems[reply.node] = reason
+                return Verdict.FAILED
+            case Refused(reason):
+                self.problems[reply.node] = f"refused: {reason}"
+                return Verdict.REFUSED
         return None
 
     def lose(self, node: str, reason: str) -> None:
@@ -130,7 +147,7 @@ class _Ledger:
             self.problems[node] = reason
 
     def tick(self, now: float) -> None:
-        if not self.expired and now >= self.deadline:
+        if not self.closed and now >= self.deadline:
             self.expired = True
             for node in sorted(self.waiting):
                 self.lose(node, f"no answer within {self.plan.cohort.round_seconds:g} s")
@@ -152,12 +169,26 @@ class _Round:
         return self._ledger.closed
 
     @property
+    def number(self) -> int:
+        return self._ledger.number
+
+    @property
+    def work(self) -> Train | Evaluate:
+        return self._work
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Who has not answered yet. They may still be there when the round has closed without them."""
+        return frozenset(self._ledger.waiting)
+
+    @property
     def problems(self) -> Mapping[str, str]:
         return self._ledger.problems
 
     def tasks(self) -> Iterable[Task]:
-        for node in self._ledger.nodes:
-            yield Task(self._ledger.run, self._ledger.number, node, self._ledger.plan.digest, self._work)
+        ledger = self._ledger
+        for node in ledger.nodes:
+            yield Task(ledger.run, ledger.number, node, ledger.plan.digest, self._work, len(ledger.nodes))
 
     def lose(self, node: str, reason: str) -> None:
         self._ledger.lose(node, reason)
@@ -169,13 +200,22 @@ class _Round:
 class TrainingRound(_Round):
     """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
 
-    Memory is one update's size whatever the number of clients. `problems` says by node what went wrong.
+    Memory is one update's size whatever the number of clients: the sum. `problems` says by node what went wrong.
     """
 
     def __init__(
-        self, plan: Plan, run: str, number: int, adapter: State, cohort: Sequence[str], rule: SumRule, now: float
+        self,
+        plan: Plan,
+        run: str,
+        number: int,
+        adapter: State,
+        cohort: Sequence[str],
+        rule: SumRule,
+        now: float,
+        wanted: int | None = None,
     ) -> None:
-        ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds)
+        """`wanted`: with how many updates the round closes, if others of the cohort still work; None waits for all."""
+        ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds, wanted)
         super().__init__(ledger, Train(pack_state(adapter, plan.delivery.dtype)))
         self._rule = rule
         self._shapes = {name: array.shape for name, array in adapter.items()}
@@ -193,10 +233,10 @@ class TrainingRound(_Round):
         if not isinstance(reply.outcome, Trained):
             return self._ledger.reject(reply.node, "answered a training task with something else")
         try:
-            update = self._checked(reply.outcome)
+            self._check(reply.outcome)
         except WireError as error:
             return self._ledger.reject(reply.node, str(error))
-        self._add(reply.node, reply.outcome, update)
+        self._add(reply.node, reply.outcome)
         return Verdict.ACCEPTED
 
     def result(self) -> Aggregate | None:
@@ -210,26 +250,26 @@ class TrainingRound(_Round):
         loss = self._loss / self._targets
         return Aggregate(update, loss, tuple(self._counted), self._examples, self._targets, self._steps)
 
-    def _checked(self, trained: Trained) -> State:
-        """The update's arrays, if they are what was asked for and finite."""
+    def _check(self, trained: Trained) -> None:
+        """Raises WireError unless the update's tensors are what was asked for, and finite."""
         if not (trained.examples and trained.targets):
             raise WireError("an update from no example")
         shapes = {name: tensor.shape for name, tensor in trained.update.items()}
         if shapes != self._shapes:
             odd = sorted(set(shapes.items()) ^ set(self._shapes.items()))
             raise WireError(f"the update's tensors differ from the adapter's, first at {odd[0][0]!r} {odd[0][1]}")
-        update = {name: unpack(tensor) for name, tensor in trained.update.items()}
-        for name, array in update.items():
-            if not np.isfinite(array).all():
+        for name, tensor in trained.update.items():
+            if not all(np.isfinite(block).all() for block in _blocks(unpack(tensor))):
                 raise WireError(f"the update has values that are not finite, first in {name!r}")
-        return update
 
-    def _add(self, node: str, trained: Trained, update: State) -> None:
+    def _add(self, node: str, trained: Trained) -> None:
         weight = self._rule.weight(trained)
-        for name, array in update.items():
-            total = self._sum.setdefault(name, np.zeros_like(array))
-            total += np.float32(weight) * array
+        for name, tensor in trained.update.items():
+            total = self._sum.setdefault(name, np.zeros(tensor.shape, np.float32))
+            for part, block in zip(_blocks(total), _blocks(unpack(tensor)), strict=True):
+                part += np.float32(weight) * block
         self._weight += weight
+        self._ledger.counted += 1
         self._counted.append(node)
         self._examples += trained.examples
         self._targets += trained.targets
@@ -267,3 +307,12 @@ class EvaluationRound(_Round):
             return None
         loss = sum(score.loss * score.targets for score in scores) / targets
         return Score(loss, sum(score.correct for score in scores) / targets, targets, tuple(sorted(self._scores)))
+
+
+_BLOCK = 1 << 18
+
+
+def _blocks(array: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Views that together are `array`: what is computed from one is small, however large the array."""
+    flat = array.reshape(-1)
+    return (flat[at : at + _BLOCK] for at in range(0, flat.size, _BLOCK))

@@ -1,31 +1,32 @@
 """A whole federation in one process: the same rounds, messages and worker as a deployment, without the network.
 
-Every task and every reply goes through the codec as bytes, and those bytes are what is counted. One bench (a backbone
-with the tuning method installed) serves all clients in turn, and of their examples only so much is kept, so memory
-does not grow with the number of clients.
+Every task is signed and every reply sealed as between machines, and the bytes of their parcels are what is counted.
+One bench (a backbone with the tuning method installed) serves all clients in turn, and of their examples only so much
+is kept, so memory does not grow with the number of clients.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from farfield.protocols import codec
+from farfield.protocols.envelope import Charter, ReplyDesk, Signer, close_reply, open_task, sign_charter
 from farfield.protocols.errors import DataError, PlanError, WireError
 from farfield.protocols.messages import Failed, Participant, Reply, Task
+from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 
-from .aggregation import SumRule, registered
-from .rounds import EvaluationRound, TrainingRound, sample_cohort, sample_evaluators
+from .conductor import Conductor, Round, Traffic
 from .runs import Checkpoint, RoundRecord, RunFolder
-from .server_optimizer import Moments, step
 
 if TYPE_CHECKING:
     from farfield.edge_client.data import ClientData
@@ -102,6 +103,10 @@ class Fleet:
     def names(self) -> list[str]:
         return sorted(self._sources)
 
+    @property
+    def frozen(self) -> str:
+        return self._bench.frozen
+
     def client(self, name: str) -> Participant:
         from farfield.edge_client.worker import Worker
 
@@ -146,119 +151,74 @@ class Fleet:
         return data.prepare(read, self._bench.tokenizer, plan.data, plan.model.task, seed, where)
 
 
-@dataclass(slots=True)
-class _Traffic:
-    """Bytes of encoded messages in one round."""
-
-    down: int = 0
-    up: int = 0
-    problems: dict[str, str] = field(default_factory=dict)
-
-
 class Simulation:
-    """One run of a Plan over simulated clients, from a checkpoint to the end."""
+    """Carries tasks to simulated clients and their replies back, in this process, and keeps what the rounds did."""
 
     def __init__(self, plan: Plan, folder: RunFolder, fleet: Fleet, faults: Faults, observer: Observer) -> None:
         self._plan, self._folder, self._fleet, self._faults, self._observer = plan, folder, fleet, faults, observer
         self._run = folder.info.run
-        rule = registered()[plan.aggregation.rule](plan.aggregation)
-        if not isinstance(rule, SumRule):
-            raise PlanError(
-                f"aggregation.rule = {plan.aggregation.rule!r} must see each update; simulate has sums only"
-            )
-        self._rule: SumRule = rule
+        self._signer = Signer(Ed25519PrivateKey.generate())
+        self._charter = sign_charter(Charter(self._run, plan.canonical(), "", 0, fleet.frozen), self._signer)
+        self._keys = {name: Ed25519PrivateKey.generate() for name in fleet.names}
 
     def go(self, initial: State) -> Checkpoint:
-        """Do the rounds that are left, each ended by a checkpoint, and return the last.
+        """Do the rounds that are left, and return the last checkpoint.
 
         Args:
             initial: the adapter before the first round, used when there is no checkpoint yet.
+
+        Raises:
+            PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
-        last = self._folder.resume() or self._begin(initial)
-        for number in range(last.record.round + 1, self._plan.training.rounds + 1):
-            last = self._round(number, last)
-            self._folder.save(last)
-            self._observer.on_round(last.record)
-        return last
+        return Conductor(self._plan, self._run, carrier=self, journal=self).go(initial)
 
-    def _begin(self, initial: State) -> Checkpoint:
-        began = time.monotonic()
-        traffic = _Traffic()
-        loss, accuracy = self._evaluate(0, initial, traffic)
-        seconds = time.monotonic() - began
-        record = RoundRecord(0, 0, None, loss, accuracy, traffic.down, traffic.up, seconds, problems=traffic.problems)
-        checkpoint = Checkpoint(record, initial, Moments())
+    def resume(self) -> Checkpoint | None:
+        return self._folder.resume()
+
+    def save(self, checkpoint: Checkpoint) -> None:
         self._folder.save(checkpoint)
-        self._observer.on_round(record)
-        return checkpoint
+        self._observer.on_round(checkpoint.record)
 
-    def _round(self, number: int, last: Checkpoint) -> Checkpoint:
-        plan, began, traffic = self._plan, time.monotonic(), _Traffic()
-        cohort = sample_cohort(plan, number, self._fleet.names)
-        training = TrainingRound(plan, self._run, number, last.adapter, cohort, self._rule, now=0.0)
-        self._drive(training, "training", traffic)
-        aggregate = training.result()
-        adapter, moments = last.adapter, last.moments
-        if aggregate is not None:
-            adapter, moments = step(plan.aggregation, adapter, aggregate.update, moments)
-        loss, accuracy = None, None
-        if number % plan.evaluation.every == 0 or number == plan.training.rounds:
-            loss, accuracy = self._evaluate(number, adapter, traffic)
-        record = RoundRecord(
-            round=number,
-            clients=len(aggregate.clients) if aggregate else 0,
-            train_loss=aggregate.loss if aggregate else None,
-            eval_loss=loss,
-            eval_accuracy=accuracy,
-            bytes_down=traffic.down,
-            bytes_up=traffic.up,
-            seconds=time.monotonic() - began,
-            steps=aggregate.steps if aggregate else 0,
-            problems=traffic.problems,
-        )
-        return Checkpoint(record, adapter, moments)
+    def now(self) -> float:
+        return 0.0
 
-    def _evaluate(self, number: int, adapter: State, traffic: _Traffic) -> tuple[float | None, float | None]:
-        evaluators = sample_evaluators(self._plan, self._fleet.names)
-        evaluation = EvaluationRound(self._plan, self._run, number, adapter, evaluators, now=0.0)
-        self._drive(evaluation, "evaluating", traffic)
-        score = evaluation.result()
-        return (score.loss, score.accuracy) if score else (None, None)
+    def gather(self, at_least: int) -> list[str]:
+        return self._fleet.names
 
-    def _drive(self, round_: TrainingRound | EvaluationRound, activity: str, traffic: _Traffic) -> None:
+    def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         """Carry every task to its client and every reply back; stragglers answer when the round is over."""
+        desk = ReplyDesk(self._charter, self._signer, sealed=self._plan.protection.kind == "sealed")
+        body = codec.pack_body(round_.work)
         tasks = list(round_.tasks())
-        late: list[Task] = []
+        late: list[tuple[Parcel, Task]] = []
         for done, task in enumerate(tasks, 1):
+            if round_.closed:
+                break
+            parcel = desk.address(task, body)
+            traffic.down += parcel.size
             if activity == "training" and self._happens("dropout", self._faults.dropout, task):
-                traffic.down += len(codec.encode_task(task))
                 round_.lose(task.node, "dropped out (simulated)")
             elif activity == "training" and self._happens("straggler", self._faults.stragglers, task):
-                late.append(task)
+                late.append((parcel, task))
             else:
-                round_.receive(self._exchange(task, traffic), now=0.0)
+                round_.receive(self._exchange(parcel, task, desk, traffic), now=0.0)
             self._observer.on_client(task.round, activity, done, len(tasks))
         over = self._plan.cohort.round_seconds
         round_.tick(over)
-        for task in late:
-            round_.receive(self._exchange(task, traffic), now=over)
+        for parcel, task in late:
+            round_.receive(self._exchange(parcel, task, desk, traffic), now=over)
         traffic.problems |= round_.problems
 
-    def _exchange(self, task: Task, traffic: _Traffic) -> Reply:
+    def _exchange(self, parcel: Parcel, task: Task, desk: ReplyDesk, traffic: Traffic) -> Reply:
         """The client's reply to the task, both as the bytes that would travel."""
-        sent = codec.encode_task(task)
-        received = codec.encode_reply(self._fleet.client(task.node).perform(codec.decode_task(sent)))
-        traffic.down += len(sent)
-        traffic.up += len(received)
+        key = self._keys[task.node]
+        opened = open_task(parcel, task.node, lambda _: self._signer.key.public_key())
+        answer = close_reply(self._fleet.client(task.node).perform(opened.task), opened, key)
+        traffic.up += answer.size
         try:
-            return codec.decode_reply(received)
+            return desk.open(answer, task, key.public_key())
         except WireError as error:
             return Reply.to(task, Failed(f"sent a reply that cannot be read: {error}"))
 
     def _happens(self, what: str, probability: float, task: Task) -> bool:
         return random.Random(derive(self._plan.training.seed, what, task.round, task.node)).random() < probability
-
-
-def improvement(before: float | None, after: float | None) -> float | None:
-    """Share by which the loss fell, or None where one of the two is missing."""
-    return None if not before or after is None else 1 - after / before

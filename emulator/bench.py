@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ class Bench:
     Attributes:
         method: the tuning method.
         tuned: the model with the method installed, in evaluation mode.
+        frozen: digest, hexadecimal, of what the method added and does not train (FFA-LoRA's A, VeRA's projections); ""
+            where there is nothing. Each machine draws it from the seed and never sends it, so it must be the same.
     """
 
     def __init__(self, plan: Plan, folder: Path, device: torch.device | None = None) -> None:
@@ -47,8 +51,16 @@ class Bench:
             device=self.device,
             attention=_attention(self.device, plan.data.max_length),
         )
+        before = {tensor.data_ptr() for tensor in _tensors(model).values()}
         steps = plan.training.rounds * plan.training.steps if plan.training.steps else None
         self.tuned: Tuned = self.method.install(model, Setting(plan.model.task, plan.training.seed, steps))
+        self.frozen = _digest(
+            {
+                name: tensor
+                for name, tensor in _tensors(self.tuned.model).items()
+                if not tensor.requires_grad and tensor.data_ptr() not in before
+            }
+        )
 
     @property
     def pad_id(self) -> int:
@@ -72,6 +84,18 @@ class Bench:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.from_numpy(np.array(adapter[name])))
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest() if tensors else ""
 
 
 def _attention(device: torch.device, length: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Tasks and replies as bytes. The one place that knows `messages.proto`.
+"""Tasks and replies as parcels, and back.
 
 What is decoded came from outside and is believed only after it was checked: the size before anything is parsed, the
 version before anything else is read, and every count, name, shape and length before it is used. Whatever is wrong is a
@@ -7,20 +7,24 @@ WireError; no input raises anything else.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from . import messages_pb2 as pb
 from .errors import MalformedMessage, MessageTooLarge, UnknownVersion
-from .messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
-from .tensors import DType, Tensor
+from .messages import Evaluate, Evaluated, Failed, Outcome, Refused, Reply, Task, Train, Trained
+from .parcel import Body, Buffer, Parcel, cut, join
+from .tensors import ITEM_BYTES, DType, Tensor
 
 WIRE_VERSION: Final = 1
+
+M = TypeVar("M", bound=Message)
 
 _TO_PB: Final[dict[DType, pb.DType.ValueType]] = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16}
 _FROM_PB: Final[dict[int, DType]] = {pb.FLOAT32: "float32", pb.BFLOAT16: "bfloat16"}
@@ -28,7 +32,7 @@ _FROM_PB: Final[dict[int, DType]] = {pb.FLOAT32: "float32", pb.BFLOAT16: "bfloat
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large a message may be. Protocol buffers end at 2 GiB; larger ones are refused."""
+    """How large a message may be."""
 
     message_bytes: int = 1 << 30
     tensors: int = 65_536
@@ -36,88 +40,129 @@ class Limits:
     text_chars: int = 4_096
 
 
-def encode_task(task: Task) -> bytes:
-    message = pb.Task(version=WIRE_VERSION, run=task.run, round=task.round, node=task.node)
+LIMITS: Final = Limits()
+
+
+def pack_body(work: Train | Evaluate) -> Body:
+    """The body of every task that asks for `work`."""
+    return Body(tuple(cut(_values(work.adapter))))
+
+
+def encode_task(task: Task, body: Body | None = None) -> Parcel:
+    """The task as a parcel. `body` is `pack_body(task.work)`, for callers that send the same work to many nodes."""
+    body = body or pack_body(task.work)
+    message = pb.Task(version=WIRE_VERSION, run=task.run, round=task.round, node=task.node, cohort=task.cohort)
     message.plan_digest = bytes.fromhex(task.plan_digest)
+    message.body_digest = body.digest
     match task.work:
         case Train(adapter):
-            message.train.adapter.extend(_tensors(adapter))
+            message.train.adapter.extend(_described(adapter))
             message.train.SetInParent()
         case Evaluate(adapter):
-            message.evaluate.adapter.extend(_tensors(adapter))
+            message.evaluate.adapter.extend(_described(adapter))
             message.evaluate.SetInParent()
-    return message.SerializeToString(deterministic=True)
+    return Parcel(message.SerializeToString(deterministic=True), list(body.frames))
 
 
-def encode_reply(reply: Reply) -> bytes:
+def encode_reply(reply: Reply) -> tuple[bytes, Iterator[bytes]]:
+    """The reply's head, and the frames of its body, made one by one."""
     message = pb.Reply(version=WIRE_VERSION, run=reply.run, round=reply.round, node=reply.node)
     message.plan_digest = bytes.fromhex(reply.plan_digest)
+    values: Iterable[Buffer] = ()
     match reply.outcome:
         case Trained(update, examples, targets, steps, loss):
             message.trained.CopyFrom(pb.Trained(examples=examples, targets=targets, steps=steps, loss=loss))
-            message.trained.update.extend(_tensors(update))
+            message.trained.update.extend(_described(update))
+            values = _values(update)
         case Evaluated(examples, targets, loss, correct):
             message.evaluated.CopyFrom(pb.Evaluated(examples=examples, targets=targets, loss=loss, correct=correct))
         case Failed(reason):
             message.failed.CopyFrom(pb.Failed(reason=reason))
-    return message.SerializeToString(deterministic=True)
+        case Refused(reason):
+            message.refused.CopyFrom(pb.Refused(reason=reason))
+    return message.SerializeToString(deterministic=True), cut(values)
 
 
-def decode_task(raw: bytes, limits: Limits = Limits()) -> Task:
-    """The task that `raw` encodes.
+def decode_task(parcel: Parcel, limits: Limits = LIMITS) -> Task:
+    """The task in `parcel`, whose frames are used up.
 
     Raises:
         MessageTooLarge: more bytes, tensors, dimensions or characters than `limits` allow.
         UnknownVersion: the sender speaks another version.
         MalformedMessage: anything else that is wrong.
     """
-    message = _parsed(pb.Task(), raw, limits)
+    message, body = _opened(pb.Task(), parcel, limits)
+    if hashlib.sha256(body).digest() != message.body_digest:
+        raise MalformedMessage("the body is not the one that the task names")
     work: Train | Evaluate
     match message.WhichOneof("work"):
         case "train":
-            work = Train(_state(message.train.adapter, limits))
+            work = Train(_state(message.train.adapter, body, limits))
         case "evaluate":
-            work = Evaluate(_state(message.evaluate.adapter, limits))
+            work = Evaluate(_state(message.evaluate.adapter, body, limits))
         case _:
             raise MalformedMessage("a task without work")
-    return Task(*_address(message, limits), work)
+    return Task(*_address(message, limits), work, message.cohort)
 
 
-def decode_reply(raw: bytes, limits: Limits = Limits()) -> Reply:
-    """The reply that `raw` encodes. Raises as `decode_task` does."""
-    message = _parsed(pb.Reply(), raw, limits)
-    outcome: Trained | Evaluated | Failed
+def decode_reply(parcel: Parcel, limits: Limits = LIMITS) -> Reply:
+    """The reply in `parcel`, whose frames are used up; its tensors share one buffer. Raises as `decode_task` does."""
+    message, body = _opened(pb.Reply(), parcel, limits)
+    outcome: Outcome
     match message.WhichOneof("outcome"):
         case "trained":
             trained = message.trained
-            update = _state(trained.update, limits)
-            outcome = Trained(update, trained.examples, trained.targets, trained.steps, _finite(trained.loss))
+            update = _state(trained.update, body, limits)
+            return Reply(
+                *_address(message, limits),
+                Trained(update, trained.examples, trained.targets, trained.steps, _finite(trained.loss)),
+            )
         case "evaluated":
             measured = message.evaluated
             outcome = Evaluated(measured.examples, measured.targets, _finite(measured.loss), measured.correct)
         case "failed":
             outcome = Failed(_text(message.failed.reason, limits))
+        case "refused":
+            outcome = Refused(_text(message.refused.reason, limits))
         case _:
             raise MalformedMessage("a reply without outcome")
+    if body:
+        raise MalformedMessage(f"{len(body)} bytes that belong to no tensor")
     return Reply(*_address(message, limits), outcome)
 
 
-def _tensors(state: Mapping[str, Tensor]) -> Iterable[pb.Tensor]:
+def _described(state: Mapping[str, Tensor]) -> Iterable[pb.Tensor]:
     for name, tensor in sorted(state.items()):
-        yield pb.Tensor(name=name, dtype=_TO_PB[tensor.dtype], shape=tensor.shape, data=tensor.data)
+        yield pb.Tensor(name=name, dtype=_TO_PB[tensor.dtype], shape=tensor.shape)
 
 
-def _parsed(message: Any, raw: bytes, limits: Limits) -> Any:
+def _values(state: Mapping[str, Tensor]) -> Iterable[Buffer]:
+    return (tensor.data for _, tensor in sorted(state.items()))
+
+
+def _opened(message: Any, parcel: Parcel, limits: Limits) -> tuple[Any, memoryview]:
+    if parcel.size > limits.message_bytes:
+        raise MessageTooLarge(f"a message of {parcel.size} bytes", hint=f"The limit is {limits.message_bytes}.")
+    return parse(message, parcel.head, limits), memoryview(join(parcel.frames))
+
+
+def parse(message: M, raw: bytes, limits: Limits = LIMITS) -> M:
+    """`message` filled from `raw`, which has this program's version, where it has one, and no unknown fields.
+
+    Raises:
+        MessageTooLarge, UnknownVersion, MalformedMessage: as `decode_task` does.
+    """
     if len(raw) > limits.message_bytes:
         raise MessageTooLarge(f"a message of {len(raw)} bytes", hint=f"The limit is {limits.message_bytes}.")
     try:
         message.ParseFromString(raw)
     except DecodeError as error:
         raise MalformedMessage(f"not a {message.DESCRIPTOR.name} message: {error}") from None
-    if message.version != WIRE_VERSION:
-        older = "this program" if message.version > WIRE_VERSION else "the sender"
+    version = getattr(message, "version", WIRE_VERSION)
+    if version != WIRE_VERSION:
+        older = "this program" if version > WIRE_VERSION else "the sender"
         raise UnknownVersion(
-            f"wire version {message.version}, expected {WIRE_VERSION}", hint=f"Update Farfield on the side of {older}."
+            f"wire version {version}, expected {WIRE_VERSION}", hint=f"Update Farfield on the side of {older}."
         )
     _no_unknown_fields(message)
     return message
@@ -139,21 +184,28 @@ def _address(message: Any, limits: Limits) -> tuple[str, int, str, str]:
     return run, message.round, node, message.plan_digest.hex()
 
 
-def _state(parts: Any, limits: Limits) -> dict[str, Tensor]:
+def _state(parts: Any, body: memoryview, limits: Limits) -> dict[str, Tensor]:
+    """The tensors that `parts` describe, in the order of their names, which together fill the body exactly."""
     if len(parts) > limits.tensors:
         raise MessageTooLarge(f"{len(parts)} tensors", hint=f"The limit is {limits.tensors}.")
     state: dict[str, Tensor] = {}
+    at, before = 0, ""
     for part in parts:
         name, shape = _text(part.name, limits), tuple(part.shape)
-        if name in state:
-            raise MalformedMessage("two tensors of one name", where=name)
+        if state and name <= before:
+            raise MalformedMessage("the tensors are not in the order of their names", where=name)
         if part.dtype not in _FROM_PB:
             raise MalformedMessage(f"unknown number format {part.dtype}", where=name)
         if len(shape) > limits.dimensions:
             raise MessageTooLarge(f"{len(shape)} dimensions", where=name, hint=f"The limit is {limits.dimensions}.")
-        state[name] = Tensor(_FROM_PB[part.dtype], shape, part.data)
         if any(size > limits.message_bytes for size in shape):  # beside a 0 the product would not show it
             raise MessageTooLarge(f"shape {shape}", where=name, hint=f"The limit is {limits.message_bytes}.")
+        dtype = _FROM_PB[part.dtype]
+        size = math.prod(shape) * ITEM_BYTES[dtype]
+        state[name] = Tensor(dtype, shape, body[at : at + size])
+        at, before = at + size, name
+    if at != len(body):
+        raise MalformedMessage(f"the tensors take {at} bytes, and the body has {len(body)}")
     return state
 
 

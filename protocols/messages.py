@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from .tensors import Tensor
 
@@ -35,6 +35,7 @@ class Task:
         round: the round's number, from 1; 0 is the evaluation before the first.
         node: the participant that this task is for.
         plan_digest: SHA-256 of the Plan's canonical bytes, hexadecimal.
+        cohort: how many participants are asked together with this one, itself included.
     """
 
     run: str
@@ -42,6 +43,7 @@ class Task:
     node: str
     plan_digest: str
     work: Train | Evaluate
+    cohort: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,19 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The participant could not, or would not; `reason` is for a person."""
+    """The participant could not; `reason` is for a person."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The owner of the data does not allow it; `reason` says which limit. No data was opened."""
+
+    reason: str
+
+
+Outcome: TypeAlias = Trained | Evaluated | Failed | Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +100,10 @@ class Reply:
     round: int
     node: str
     plan_digest: str
-    outcome: Trained | Evaluated | Failed
+    outcome: Outcome
 
     @classmethod
-    def to(cls, task: Task, outcome: Trained | Evaluated | Failed) -> Reply:
+    def to(cls, task: Task, outcome: Outcome) -> Reply:
         return cls(task.run, task.round, task.node, task.plan_digest, outcome)
 
 

@@ -123,12 +123,15 @@ class Cohort(Settings):
     """Who takes part in a round: `size` clients, or the `fraction` of those present, but never under `minimum`.
 
     A round that ends with fewer than `minimum` updates changes nothing. `round_seconds` is how long a round waits.
+    `over_selection` is the share of clients that are asked in addition: the round closes when as many as wanted have
+    answered, and does without the slowest.
     """
 
     size: PositiveInt | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     minimum: PositiveInt = 1
     round_seconds: PositiveFloat = 3600.0
+    over_selection: Annotated[float, Field(ge=0, le=4)] = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -136,6 +139,8 @@ class Cohort(Settings):
             raise ValueError("give 'size' or 'fraction', not both")
         if self.size is not None and self.minimum > self.size:
             raise ValueError(f"'minimum' ({self.minimum}) is more than 'size' ({self.size})")
+        if self.over_selection and self.size is None and self.fraction is None:
+            raise ValueError("'over_selection' goes with 'size' or 'fraction': without them every client is asked")
         return self
 
 
@@ -171,9 +176,12 @@ class Delivery(Settings):
 
 
 class Protection(Settings):
-    """Who can read one client's update."""
+    """Who can read one client's update: the aggregating coordinator alone (`sealed`), or whoever carries it (`none`).
 
-    kind: Literal["none", "sealed", "secagg"] = "none"
+    `none` is for simulations; a coordinator's service does not start such a run.
+    """
+
+    kind: Literal["none", "sealed", "secagg"] = "sealed"
 
 
 class Privacy(Settings):
@@ -185,7 +193,7 @@ class Privacy(Settings):
 _NOT_YET = {
     ("model", "quantization"): ("none",),
     ("delivery", "kind"): ("adapter",),
-    ("protection", "kind"): ("none",),
+    ("protection", "kind"): ("sealed", "none"),
     ("privacy", "kind"): ("none",),
 }
 """Values that this release can honour, where the format already knows more."""
@@ -268,6 +276,25 @@ def parse(text: str, tuning_kinds: TuningKinds, rules: Collection[str] | None, *
         return Plan.model_validate(document, context={"tuning_kinds": tuning_kinds, "rules": rules})
     except ValidationError as error:
         raise _explained(error, tuning_kinds, document, where) from None
+
+
+def restore(canonical: bytes, tuning_kinds: TuningKinds, *, where: object = "Plan") -> Plan:
+    """The Plan whose canonical bytes these are.
+
+    Raises:
+        PlanError: they are not, or this version of Farfield writes them differently and so does not understand them.
+    """
+    hint = "The two sides run different versions of Farfield; bring them to the same one."
+    try:
+        document = json.loads(canonical)
+        plan = Plan.model_validate(document, context={"tuning_kinds": tuning_kinds, "rules": None})
+    except ValidationError as error:
+        raise _explained(error, tuning_kinds, document, where) from None
+    except (ValueError, RecursionError):
+        raise PlanError("not the canonical bytes of a Plan", where=where) from None
+    if plan.canonical() != canonical:
+        raise PlanError("a Plan with other keys or defaults than this version's", where=where, hint=hint)
+    return plan
 
 
 def load(path: Path, tuning_kinds: TuningKinds, rules: Collection[str] | None) -> Plan:

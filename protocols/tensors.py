@@ -33,7 +33,7 @@ class Tensor:
 
     dtype: DType
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     def __post_init__(self) -> None:
         expected = math.prod(self.shape) * ITEM_BYTES[self.dtype]

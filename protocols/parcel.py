@@ -1,0 +1,81 @@
+"""A parcel: what a message is while it travels. A small head, and a body in frames of bounded size.
+
+Carriers move heads and frames and understand neither. Frames are small enough for every transport's limit on a single
+object, and a reader can drop each one as soon as it has been used, so a large body is never twice in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, TypeAlias
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+FRAME_BYTES: Final = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Body:
+    """The frames of one message, each of `FRAME_BYTES` but the last; shared by all messages that carry the same."""
+
+    frames: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.frames))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over the frames one after another."""
+        hashed = hashlib.sha256()
+        for frame in self.frames:
+            hashed.update(frame)
+        return hashed.digest()
+
+
+@dataclass(slots=True)
+class Parcel:
+    """A message on its way. Reading it may use its frames up.
+
+    Attributes:
+        head: a serialised message of messages.proto.
+        frames: the body, in order.
+    """
+
+    head: bytes
+    frames: list[bytes] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(map(len, self.frames))
+
+
+def cut(pieces: Iterable[Buffer]) -> Iterator[bytes]:
+    """`pieces` one after another as frames of `FRAME_BYTES`, the last one shorter; none for no bytes."""
+    frame = bytearray()
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest):
+            room = FRAME_BYTES - len(frame)
+            frame += rest[:room]
+            rest = rest[room:]
+            if len(frame) == FRAME_BYTES:
+                yield bytes(frame)
+                frame.clear()
+    if frame:
+        yield bytes(frame)
+
+
+def join(frames: list[bytes]) -> bytearray:
+    """The frames as one buffer. Uses them up: each is dropped when it has been copied."""
+    whole = bytearray(sum(map(len, frames)))
+    at = 0
+    frames.reverse()
+    while frames:
+        frame = frames.pop()
+        whole[at : at + len(frame)] = frame
+        at += len(frame)
+    return whole
