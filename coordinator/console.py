@@ -12,8 +12,9 @@ from rich.table import Table
 from farfield.protocols.plan import Plan
 
 from .conductor import improvement
+from .results import Result
 from .runs import RoundRecord, RunInfo
-from .simulate import Result
+from .storage import Run
 
 _COLUMNS = (
     ("round", 5),
@@ -77,19 +78,17 @@ class SimulationConsole:
             soft_wrap=True,
         )
         self._whole = self._bar.add_task("rounds", total=rounds, completed=finished)
-        self._line(*(title for title, _ in _COLUMNS), style="bold")
+        _line(self._console, *(title for title, _ in _COLUMNS), style="bold")
         for record in done:
-            self._row(record)
+            _row(self._console, record)
 
     def on_client(self, number: int, activity: str, done: int, clients: int) -> None:
         self._show(f"round {number}: {activity}", done, clients)
 
     def on_round(self, record: RoundRecord) -> None:
-        self._row(record)
+        _row(self._console, record)
         if self._whole is not None:
             self._bar.update(self._whole, completed=record.round)
-        for node, problem in record.problems.items():
-            self._console.print(f"        {node}: {problem}", style="yellow", highlight=False, markup=False)
 
     def on_baseline(self, done: int, steps: int, loss: float) -> None:
         self._show(f"centralised, for comparison (loss {loss:.3f})", done, steps)
@@ -97,21 +96,59 @@ class SimulationConsole:
     def _show(self, description: str, done: int, total: int) -> None:
         self._bar.update(self._part, description=description, completed=done, total=total, visible=done < total)
 
-    def _row(self, record: RoundRecord) -> None:
-        self._line(
-            str(record.round) if record.round else "start",
-            str(record.clients) if record.round else "",
-            _number(record.train_loss),
-            _number(record.eval_loss),
-            "" if record.eval_accuracy is None else f"{record.eval_accuracy:.1%}",
-            size(record.bytes_down),
-            size(record.bytes_up),
-            f"{record.seconds:.1f} s",
-        )
 
-    def _line(self, *cells: str, style: str = "") -> None:
-        padded = (cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-        self._console.print("  ".join(padded), style=style, highlight=False)
+class RunConsole:
+    """Reports a run that the service does: its rounds as lines of a table, and what it does now beside a spinner.
+
+    Where there is no terminal, what it does now is a line whenever it changes to waiting or to trouble.
+    """
+
+    def __init__(self, console: Console, name: str, folder: Path) -> None:
+        self._console, self._name, self._folder = console, name, folder
+        self._status = console.status("queued")
+        self._said = ""
+
+    def __enter__(self) -> RunConsole:
+        self._console.print(f"Run {self._name} in {self._folder}", highlight=False, markup=False, soft_wrap=True)
+        _line(self._console, *(title for title, _ in _COLUMNS), style="bold")
+        self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._status.stop()
+
+    def on_state(self, run: Run, serving: bool) -> None:
+        detail = run.detail or run.state.value
+        if not serving:
+            detail = "waiting for the service, which does not run: coordinator serve"
+        self._status.update(escape(detail))
+        if detail.startswith("waiting") and detail != self._said and not self._console.is_terminal:
+            self._console.print(f"        {detail}", highlight=False, markup=False, soft_wrap=True)
+            self._said = detail
+
+    def on_round(self, record: RoundRecord) -> None:
+        _row(self._console, record)
+
+
+def _row(console: Console, record: RoundRecord) -> None:
+    _line(
+        console,
+        str(record.round) if record.round else "start",
+        str(record.clients) if record.round else "",
+        _number(record.train_loss),
+        _number(record.eval_loss),
+        "" if record.eval_accuracy is None else f"{record.eval_accuracy:.1%}",
+        size(record.bytes_down),
+        size(record.bytes_up),
+        f"{record.seconds:.1f} s",
+    )
+    for node, problem in record.problems.items():
+        console.print(f"        {node}: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(console: Console, *cells: str, style: str = "") -> None:
+    padded = (cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+    console.print("  ".join(padded), style=style, highlight=False)
 
 
 def print_result(console: Console, result: Result) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .simulate import Result
+    from .results import Result
 
 
 def plot_losses(result: Result, path: Path) -> None:

@@ -64,16 +64,19 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a run is, besides its Plan: enough to go on with it, or to export it, from the folder alone."""
+    """What a run is, besides its Plan: enough to go on with it, or to export it, from the folder alone.
+
+    `clients` and what follows it are for simulations; a run over real clients has None, and takes those that are there.
+    """
 
     run: str
     plan_digest: str
     backbone: str
     backbone_fingerprint: str
-    clients: int
-    data: str | None
-    dropout: float
-    stragglers: float
+    clients: int | None = None
+    data: str | None = None
+    dropout: float = 0.0
+    stragglers: float = 0.0
 
 
 class RunFolder:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from farfield.emulator import backbone
 from farfield.protocols.errors import PlanError, RunError
 from farfield.protocols.plan import Plan
-from farfield.protocols.tensors import digest
 
 from . import plans
-from .baseline import Centralised, centralised
-from .runs import RoundRecord, RunFolder, RunInfo, writing
+from .baseline import centralised
+from .results import Result, conclude, save_adapter
+from .runs import RoundRecord, RunFolder, RunInfo
 from .simulation import Faults, Fleet, Observer, Simulation, sources
 
 
@@ -38,30 +38,6 @@ class Request:
     resume: str | None = None
     faults: Faults | None = None
     compare: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished run. Losses are in nats per target on the clients' held-out examples."""
-
-    run: str
-    folder: Path
-    plan_digest: str
-    adapter_digest: str
-    clients: int
-    eval_loss_before: float | None
-    eval_loss_after: float | None
-    rounds: list[RoundRecord]
-    centralised: Centralised | None
-    seconds: float
-
-    def document(self) -> dict[str, Any]:
-        """The result as JSON-ready values; `rounds` leaves out the evaluation before the first round."""
-        return asdict(self) | {
-            "folder": str(self.folder),
-            "adapter": str(self.folder / "adapter"),
-            "rounds": [asdict(record) for record in self.rounds if record.round],
-        }
 
 
 def simulate(request: Request, progress: Progress) -> Result:
@@ -103,33 +79,12 @@ def simulate(request: Request, progress: Progress) -> Result:
         done = folder.records()
         progress.on_start(folder.path, info, done, plan.training.rounds)
         last = Simulation(plan, folder, fleet, Faults(info.dropout, info.stragglers), progress).go(initial)
-        bench.load(last.adapter)
-        with writing(folder.adapter_folder):
-            bench.method.save(bench.tuned, folder.adapter_folder)
-        records = folder.records()
+        save_adapter(folder, bench, last)
         yardstick = None
         if request.compare:
-            steps = sum(record.steps for record in records)
+            steps = sum(record.steps for record in folder.records())
             yardstick = centralised(plan, bench, fleet, initial, steps, _counted(progress, steps))
-        result = Result(
-            run=info.run,
-            folder=folder.path,
-            plan_digest=plan.digest,
-            adapter_digest=digest(last.adapter),
-            clients=len(clients),
-            eval_loss_before=records[0].eval_loss,
-            eval_loss_after=records[-1].eval_loss,
-            rounds=records,
-            centralised=yardstick,
-            seconds=time.monotonic() - began,
-        )
-        folder.write_json("result.json", result.document())
-
-        from .plot import plot_losses
-
-        with writing(folder.path):
-            plot_losses(result, folder.path / "loss.png")
-    return result
+        return conclude(folder, last, len(clients), time.monotonic() - began, yardstick)
 
 
 def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:

@@ -157,6 +157,7 @@ class Simulation:
     def __init__(self, plan: Plan, folder: RunFolder, fleet: Fleet, faults: Faults, observer: Observer) -> None:
         self._plan, self._folder, self._fleet, self._faults, self._observer = plan, folder, fleet, faults, observer
         self._run = folder.info.run
+        self._sealed = plan.protection.kind == "sealed"
         self._signer = Signer(Ed25519PrivateKey.generate())
         self._charter = sign_charter(Charter(self._run, plan.canonical(), "", 0, fleet.frozen), self._signer)
         self._keys = {name: Ed25519PrivateKey.generate() for name in fleet.names}
@@ -187,7 +188,7 @@ class Simulation:
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         """Carry every task to its client and every reply back; stragglers answer when the round is over."""
-        desk = ReplyDesk(self._charter, self._signer, sealed=self._plan.protection.kind == "sealed")
+        desk = ReplyDesk(self._charter, self._signer, sealed=self._sealed)
         body = codec.pack_body(round_.work)
         tasks = list(round_.tasks())
         late: list[tuple[Parcel, Task]] = []
@@ -212,7 +213,7 @@ class Simulation:
     def _exchange(self, parcel: Parcel, task: Task, desk: ReplyDesk, traffic: Traffic) -> Reply:
         """The client's reply to the task, both as the bytes that would travel."""
         key = self._keys[task.node]
-        opened = open_task(parcel, task.node, lambda _: self._signer.key.public_key())
+        opened = open_task(parcel, task.node, lambda _: self._signer.key.public_key(), sealed=self._sealed)
         answer = close_reply(self._fleet.client(task.node).perform(opened.task), opened, key)
         traffic.up += answer.size
         try:

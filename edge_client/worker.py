@@ -31,15 +31,19 @@ class Worker:
     def perform(self, task: Task) -> Reply:
         """Do what the task says. Whatever the data, the Plan or the task make impossible becomes a `Failed` reply."""
         try:
-            if task.plan_digest != self.bench.plan.digest:
-                raise PlanError("the task belongs to another Plan", where=f"run {task.run}, round {task.round}")
-            match task.work:
-                case Train(adapter):
-                    return Reply.to(task, self._train(task, adapter))
-                case Evaluate(adapter):
-                    return Reply.to(task, self._evaluate(adapter))
+            return Reply.to(task, self.outcome(task))
         except FarfieldError as error:
             return Reply.to(task, Failed(str(error)))
+
+    def outcome(self, task: Task) -> Trained | Evaluated:
+        """Do what the task says. Raises FarfieldError where the data, the Plan or the task make it impossible."""
+        if task.plan_digest != self.bench.plan.digest:
+            raise PlanError("the task belongs to another Plan", where=f"run {task.run}, round {task.round}")
+        match task.work:
+            case Train(adapter):
+                return self._train(task, adapter)
+            case Evaluate(adapter):
+                return self._evaluate(adapter)
 
     def _train(self, task: Task, adapter: Mapping[str, Tensor]) -> Trained:
         plan, bench = self.bench.plan, self.bench

@@ -8,7 +8,8 @@
     ├── RunError             a run folder: missing, of another Plan, or on a full disk
     ├── HomeError            the folder of a coordinator or an edge client, or the settings in it
     ├── StorageError         the coordinator's database, or a name that it does not know
-    ├── ServiceError         a service that cannot start, or cannot be reached
+    ├── ServiceError         a service that cannot start, or that refuses
+    │   └── Unreachable          one that does not answer now; worth another try
     ├── BundleError          a bundle that cannot be made, fetched or verified
     ├── TrustError           a certificate, signature or seal that does not hold
     │   └── EnrolmentError       a token or a node that is not admitted
@@ -75,7 +76,11 @@ class StorageError(FarfieldError):
 
 
 class ServiceError(FarfieldError):
-    """A service cannot start, or cannot be reached."""
+    """A service cannot start, or refuses what it is asked."""
+
+
+class Unreachable(ServiceError):
+    """A service does not answer now; it is worth another try."""
 
 
 class BundleError(FarfieldError):

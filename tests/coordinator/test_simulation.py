@@ -14,7 +14,8 @@ from tiny import Place, write_backbone, write_clients
 from farfield.coordinator import plans, simulation
 from farfield.coordinator.rounds import sample_cohort
 from farfield.coordinator.runs import Checkpoint, RoundRecord, RunFolder
-from farfield.coordinator.simulate import Request, Result, simulate
+from farfield.coordinator.results import Result
+from farfield.coordinator.simulate import Request, simulate
 from farfield.coordinator.simulation import Faults, Fleet, sources
 from farfield.edge_client.data import ClientData, TokenExample, batches
 from farfield.edge_client.worker import Worker

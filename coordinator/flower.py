@@ -1,0 +1,366 @@
+"""Rounds over Flower: the `ServerApp` that conducts one run, and the carrier that puts its tasks on Flower's grid.
+
+The SuperLink starts the app in a process of its own, with the coordinator's home and the run's name. Everything that
+it needs is in that home, and everything that it finishes goes there, so that when it dies another one goes on after
+the last round that was saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+
+from farfield.emulator import methods
+from farfield.emulator.bundle import Manifest
+from farfield.protocols import codec, plan
+from farfield.protocols.envelope import Charter, ReplyDesk, Signer, sign_charter
+from farfield.protocols.errors import FarfieldError, RunError, TrustError, WireError
+from farfield.protocols.flower import body_record, from_record, to_record
+from farfield.protocols.messages import Task, Train
+from farfield.protocols.parcel import Body
+from farfield.protocols.plan import Plan
+
+from .conductor import Conductor, Round, Traffic
+from .home import Home
+from .results import conclude, save_adapter
+from .rounds import Verdict
+from .runs import Checkpoint, RunFolder
+from .storage import Node, Run, RunState, Store
+
+POLL_SECONDS: Final = 0.05
+"""Between two questions for replies."""
+
+WATCH_SECONDS: Final = 1.0
+"""Between two looks at the database: who is there, and whether the run is still wanted."""
+
+BATCH_BYTES: Final = 64 * 2**20
+"""Replies are pulled so few at a time that they are about this large together."""
+
+HANDOVER_SECONDS: Final = 30.0
+"""How long a new process waits for the one before it to let go of the run."""
+
+app = ServerApp()
+
+log = logging.getLogger("farfield.run")
+
+
+class Cancelled(Exception):
+    """The run is no longer wanted."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    home, name = Home.open(Path(str(context.run_config["home"]))), str(context.run_config["run"])
+    store = home.store()
+    run = store.run(name)
+    if run is None or run.state is not RunState.RUNNING:
+        return
+    _log_to(run.folder / "run.log")
+    try:
+        with _held(RunFolder.open(run.folder)) as folder:
+            _conduct(grid, home, store, run, folder)
+    except Cancelled:
+        log.info("cancelled")
+    except FarfieldError as error:  # trying again would end the same way
+        log.error("failed: %s", error)
+        store.end(name, RunState.FAILED, str(error), datetime.now(UTC))
+    except Exception:
+        log.exception("this process fails; the service starts another one after the last saved round")
+        raise
+    finally:
+        store.close()
+
+
+@contextmanager
+def _held(folder: RunFolder) -> Iterator[RunFolder]:
+    """The folder, held. The process before this one may still be about to die with its SuperLink."""
+    with ExitStack() as stack:
+        limit = time.monotonic() + HANDOVER_SECONDS
+        while True:
+            try:
+                stack.enter_context(folder.held())
+                break
+            except RunError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.2)
+        yield folder
+
+
+def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) -> None:
+    from farfield.emulator import backbone
+    from farfield.emulator.bench import Bench
+
+    began = time.monotonic()
+    parsed = plan.restore(run.plan, methods.registered(), where=f"run {run.name}")
+    bundle = store.bundle(run.backbone)
+    if bundle is None:
+        raise RunError("its backbone's bundle is not in the database", where=f"run {run.name}")
+    if backbone.fingerprint(bundle.folder) != folder.info.backbone_fingerprint:
+        raise RunError("the backbone has changed since this run began", where=bundle.folder, hint="Start a new run.")
+    store.say(run.name, "loading the backbone")
+    bench = Bench(parsed, bundle.folder)
+    initial, frozen = bench.adapter(), bench.frozen
+    del bench  # while the clients work nothing is done with it
+    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
+    carrier = GridCarrier(grid, _DatabaseRoll(store, run.name), parsed, charter, _signer(home))
+    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, run.name)).go(initial)
+    store.say(run.name, "writing the adapter")
+    save_adapter(folder, Bench(parsed, bundle.folder), last)
+    conclude(folder, last, max(record.clients for record in folder.records()), time.monotonic() - began)
+    store.end(run.name, RunState.FINISHED, "", datetime.now(UTC))
+    log.info("finished after round %d", last.record.round)
+
+
+def _signer(home: Home) -> Signer:
+    signer = home.authority().signer()
+    return Signer(signer.key, x509.load_pem_x509_certificate(signer.certificate).public_bytes(Encoding.DER))
+
+
+class _Journal:
+    """Checkpoints in the run folder, which is the truth, and a row for each round in the database, which shows it."""
+
+    def __init__(self, folder: RunFolder, store: Store, run: str) -> None:
+        self._folder, self._store, self._run = folder, store, run
+
+    def resume(self) -> Checkpoint | None:
+        last = self._folder.resume()
+        known = {record.round for record in self._store.rounds(self._run)}
+        for record in self._folder.records():
+            if record.round not in known:  # saved a moment before the last process died
+                self._store.add_round(self._run, record)
+        if last is not None:
+            log.info("going on after round %d", last.record.round)
+        return last
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self._folder.save(checkpoint)
+        self._store.add_round(self._run, checkpoint.record)
+        record = checkpoint.record
+        log.info("round %d: %d updates, held-out loss %s", record.round, record.clients, record.eval_loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A node that can be asked.
+
+    Attributes:
+        fleet_id: Flower's number for it.
+        key: with which it signs.
+        instance: the process that attends; another one knows nothing of a task that this one took.
+    """
+
+    fleet_id: int
+    key: Ed25519PublicKey
+    instance: str
+
+
+class Roll(Protocol):
+    """What a carrier must know of the world besides the grid."""
+
+    def present(self) -> Mapping[str, Present]:
+        """Who is there. Raises Cancelled when the run is no longer wanted."""
+        ...
+
+    def revoked(self, node: str) -> bool: ...
+
+    def say(self, detail: str) -> None:
+        """What the run does now, for a person."""
+        ...
+
+    def tell(self, node: str, text: str) -> None:
+        """A notice to a node."""
+        ...
+
+
+class _DatabaseRoll:
+    """Those who attend at the federation service and are known to Flower, by the database."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._store, self._run = store, run
+
+    def present(self) -> Mapping[str, Present]:
+        run = self._store.run(self._run)
+        if run is None or run.state is not RunState.RUNNING:
+            raise Cancelled
+        return {node.name: found for node in self._store.nodes() if (found := _present(node))}
+
+    def revoked(self, node: str) -> bool:
+        found = self._store.node(node)
+        return found is None or found.revoked_at is not None
+
+    def say(self, detail: str) -> None:
+        self._store.say(self._run, detail)
+
+    def tell(self, node: str, text: str) -> None:
+        self._store.notify(node, text, datetime.now(UTC))
+
+
+def _present(node: Node) -> Present | None:
+    if node.revoked_at is not None or node.fleet_id is None or node.instance is None:
+        return None
+    return Present(node.fleet_id, Ed25519PublicKey.from_public_bytes(node.signing_key), node.instance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A task on its way: to whom, and what its reply is opened with."""
+
+    task: Task
+    node: Present
+    desk: ReplyDesk
+
+
+class GridCarrier:
+    """Carries rounds over Flower's grid; adds replies as they arrive, and keeps none."""
+
+    def __init__(self, grid: Grid, roll: Roll, plan: Plan, charter: Charter, signer: Signer) -> None:
+        self._grid, self._roll = grid, roll
+        self._charter, self._signer = sign_charter(charter, signer), signer
+        self._sealed = plan.protection.kind == "sealed"
+        self._overdue: dict[str, _Asked] = {}
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def gather(self, at_least: int) -> Sequence[str]:
+        """Those who are there; waits until they are enough, and says so."""
+        said = None
+        while True:
+            online = set(self._grid.get_node_ids())
+            present = [name for name, node in self._roll.present().items() if node.fleet_id in online]
+            if len(present) >= at_least:
+                return present
+            if len(present) != said:
+                said = len(present)
+                self._roll.say(f"waiting for clients: {said} of at least {at_least} are there")
+                log.info("waiting for clients: %d of at least %d are there", said, at_least)
+            time.sleep(WATCH_SECONDS / 4)
+
+    def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
+        self._roll.say(f"round {round_.number}: {activity}")
+        body = codec.pack_body(round_.work)
+        asked = self._push(round_, body, traffic)
+        watched = self.now()
+        while not round_.closed:
+            idle = True
+            for one, message in self._arrived(asked, body.size):
+                idle = False
+                self._take(round_, one, message, traffic)
+            round_.tick(self.now())
+            if self.now() - watched >= WATCH_SECONDS:
+                watched = self.now()
+                self._watch(round_, asked)
+            if idle and not round_.closed:
+                time.sleep(POLL_SECONDS)
+        self._overdue |= asked
+        traffic.problems |= round_.problems
+        for node, problem in round_.problems.items():
+            log.warning("round %d, %s: %s", round_.number, node, problem)
+
+    def _push(self, round_: Round, body: Body, traffic: Traffic) -> dict[str, _Asked]:
+        """Put the round's tasks on the grid; what was asked, by the id of its message."""
+        desk = ReplyDesk(self._charter, self._signer, sealed=self._sealed)
+        shared = body_record(body.frames)
+        present = self._roll.present()
+        kind = "train" if isinstance(round_.work, Train) else "evaluate"
+        messages, waiting = [], []
+        for task in round_.tasks():
+            node = present.get(task.node)
+            if node is None:
+                round_.lose(task.node, "left before the round began")
+                continue
+            parcel = desk.address(task, body)
+            traffic.down += parcel.size
+            record = to_record(parcel, shared)
+            messages.append(Message(record, dst_node_id=node.fleet_id, message_type=kind, group_id=str(task.round)))
+            waiting.append(_Asked(task, node, desk))
+        asked: dict[str, _Asked] = {}
+        for one, message_id in zip(waiting, self._grid.push_messages(messages), strict=True):
+            if message_id:
+                asked[message_id] = one
+            else:
+                round_.lose(one.task.node, "the SuperLink did not take its task")
+        return asked
+
+    def _arrived(self, asked: dict[str, _Asked], size: int) -> Iterator[tuple[_Asked, Message]]:
+        """Replies that are there, no longer in `asked`, so few at a time that they fit into memory together.
+
+        Args:
+            size: about how large each is, in bytes.
+        """
+        ids, count = list(asked), max(1, BATCH_BYTES // max(size, 1))
+        for at in range(0, len(ids), count):
+            messages = list(self._grid.pull_messages(ids[at : at + count]))
+            while messages:
+                message = messages.pop()
+                if one := asked.pop(message.metadata.reply_to_message_id, None):
+                    yield one, message
+
+    def _take(self, round_: Round, one: _Asked, message: Message, traffic: Traffic) -> None:
+        node = one.task.node
+        if message.has_error():
+            round_.lose(node, _why(message.error))
+            return
+        try:
+            parcel = from_record(message.content)
+            traffic.up += parcel.size
+            reply = one.desk.open(parcel, one.task, one.node.key)
+        except (TrustError, WireError) as error:
+            round_.lose(node, f"its reply was not accepted: {error}")
+            return
+        verdict = round_.receive(reply, self.now())
+        log.info("round %d, %s: reply %s", one.task.round, node, verdict.value)
+        if verdict is Verdict.LATE:
+            self._tell_late(one)
+
+    def _watch(self, round_: Round, asked: dict[str, _Asked]) -> None:
+        """Give up on nodes that were revoked, or whose process is not the one that took the task; hear latecomers."""
+        present = self._roll.present()
+        for message_id, one in list(asked.items()):
+            node, now = one.task.node, present.get(one.task.node)
+            if now is not None and now.instance != one.node.instance:
+                round_.lose(node, "started anew in the middle of its task")
+            elif now is None and self._roll.revoked(node):
+                round_.lose(node, "was revoked")
+            else:
+                continue
+            del asked[message_id]
+        for one, message in self._arrived(self._overdue, 0):
+            if not message.has_error():
+                self._tell_late(one)
+
+    def _tell_late(self, one: _Asked) -> None:
+        task = one.task
+        log.info("round %d, %s: reply came late", task.round, task.node)
+        self._roll.tell(
+            task.node, f"run {task.run}: your answer to round {task.round} came after the round was closed; not counted"
+        )
+
+
+def _why(error: Error) -> str:
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "vanished: no sign of life for a while"
+    if error.code == ErrorCode.MOD_FAILED_PRECONDITION:
+        return f"did not accept its task: {error.reason}"
+    return f"no reply: {error.reason}"
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)

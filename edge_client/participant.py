@@ -1,0 +1,168 @@
+"""A participant between machines: takes a task's parcel, and gives the parcel of the reply.
+
+    verify   the coordinator's signature, on the charter and on the task
+    consent  the owner's limits; from here on a refusal is a reply
+    fetch    the backbone, by its digest, if it is not here yet
+    perform  the task, at a bench that stays loaded for the next one
+    close    seal the reply to the round's key, and sign it
+
+Data is opened in the fourth step and not before.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from farfield.emulator import methods
+from farfield.protocols import plan as plans
+from farfield.protocols.codec import Limits
+from farfield.protocols.envelope import Charter, Opened, close_reply, open_task
+from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
+from farfield.protocols.messages import Failed, Outcome, Refused, Reply, Train
+from farfield.protocols.parcel import Parcel
+from farfield.protocols.plan import Plan
+from farfield.protocols.seeds import derive
+
+from .consent import Consent, Request, check
+
+if TYPE_CHECKING:
+    from farfield.emulator.bench import Bench
+
+    from .data import ClientData
+    from .home import Part
+
+REMEMBERED: Final = 4096
+"""How many nonces of past tasks are kept, so that none is done twice."""
+
+
+class Participant:
+    """One node's part in all runs. Performs one task at a time."""
+
+    def __init__(
+        self,
+        node: str,
+        key: Ed25519PrivateKey,
+        trusted: Callable[[bytes], Ed25519PublicKey],
+        consent: Consent,
+        source: Path | Part,
+        fetch: Callable[[str], Path],
+        report: Callable[[str, int, str], None],
+    ) -> None:
+        """
+        Args:
+            key: signs replies.
+            trusted: the key in a signer's certificate (DER); raises TrustError for one that is not to be trusted.
+            fetch: the folder of the backbone whose bundle has this digest.
+            report: is told the run, the round, and what is being done about it.
+        """
+        self._node, self._key, self._trusted, self._consent = node, key, trusted, consent
+        self._source, self._fetch, self._report = source, fetch, report
+        self._limits = Limits(message_bytes=consent.max_message_bytes or Limits().message_bytes)
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._charter: Charter | None = None
+        self._bench: Bench | None = None
+        self._data: ClientData | None = None
+        self.loads = 0
+        """How often a backbone was loaded."""
+
+    def answer(self, parcel: Parcel) -> Parcel:
+        """The reply to the task in `parcel`, whose frames are used up.
+
+        Raises:
+            TrustError, WireError: the task is not one that the coordinator made for this node, so it gets no reply.
+        """
+        size = parcel.size
+        opened = open_task(parcel, self._node, self._trusted, self._limits)
+        if opened.nonce in self._seen:
+            raise TrustError(f"round {opened.task.round} of run {opened.task.run!r} was here before: a replay")
+        self._seen[opened.nonce] = None
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return close_reply(Reply.to(opened.task, self._outcome(opened, size)), opened, self._key)
+
+    def _outcome(self, opened: Opened, size: int) -> Outcome:
+        task, charter = opened.task, opened.charter
+        try:
+            plan = plans.restore(charter.plan, methods.registered(), where=f"run {task.run}")
+            self._consents(plan, opened, size)
+            bench = self._at_bench(plan, charter, task.round)
+            self._report(task.run, task.round, "training" if isinstance(task.work, Train) else "evaluating")
+            return self._perform(bench, opened)
+        except ConsentError as error:
+            self._report(task.run, task.round, f"refused: {error}")
+            return Refused(str(error))
+        except FarfieldError as error:
+            self._report(task.run, task.round, f"failed: {error}")
+            return Failed(_said(error))
+        except Exception as error:  # whatever torch finds impossible here must not end a process that waits for months
+            self._report(task.run, task.round, f"failed: {traceback.format_exc()}")
+            return Failed(f"it failed unexpectedly ({type(error).__name__}); its own log says more")
+
+    def _consents(self, plan: Plan, opened: Opened, size: int) -> None:
+        """Raises ConsentError where the owner's limits forbid the task, or the task contradicts its Plan."""
+        charter = opened.charter
+        request = Request(
+            opened.task.run, plan, charter.backbone, charter.backbone_bytes or None, opened.task.cohort, size
+        )
+        check(self._consent, request, datetime.now())
+        if bool(opened.seal_to) != (plan.protection.kind == "sealed"):
+            raise ConsentError(f"the Plan says protection {plan.protection.kind!r}, and the task does not")
+
+    def _at_bench(self, plan: Plan, charter: Charter, number: int) -> Bench:
+        """The bench for this charter: the one that is there, or a new one in its place."""
+        if self._bench is not None and self._charter == charter:
+            return self._bench
+        from farfield.emulator.bench import Bench
+
+        self._bench = self._charter = self._data = None
+        gc.collect()  # the old backbone goes before the new one comes
+        self._report(charter.run, number, "fetching the backbone")
+        folder = self._fetch(charter.backbone)
+        self._report(charter.run, number, "loading the backbone")
+        bench = Bench(plan, folder)
+        self.loads += 1
+        if bench.frozen != charter.frozen:
+            raise TrustError(
+                "this machine draws other frozen adapter weights than the coordinator",
+                hint="The two sides run different versions of torch or peft.",
+            )
+        self._bench, self._charter = bench, charter
+        return bench
+
+    def _perform(self, bench: Bench, opened: Opened) -> Outcome:
+        from .worker import Worker
+
+        done = 0
+
+        def on_step(loss: float) -> None:
+            nonlocal done
+            done += 1
+            self._report(opened.task.run, opened.task.round, f"training, step {done}, loss {loss:.3f}")
+
+        return Worker(self._node, bench, lambda: self._read(bench), on_step).outcome(opened.task)
+
+    def _read(self, bench: Bench) -> ClientData:
+        if self._data is None:
+            from .data import prepare
+            from .home import records
+
+            plan = bench.plan
+            found = records(self._source, plan.data, plan.model.task, plan.model.labels)
+            seed = derive(plan.training.seed, "held-out", self._node)
+            self._data = prepare(found, bench.tokenizer, plan.data, plan.model.task, seed, self._source)
+        return self._data
+
+
+def _said(error: FarfieldError) -> str:
+    """What leaves this machine about an error: what is wrong, never where; of data not even what."""
+    if isinstance(error, DataError):
+        return "its data does not fit the Plan; its own log says why"
+    return error.what
