@@ -13,6 +13,8 @@ from rich.console import Console
 
 from farfield.protocols.errors import FarfieldError
 
+from . import administration, operation
+
 app = typer.Typer(
     help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",
     no_args_is_help=True,
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
+app.add_typer(operation.app)
+app.add_typer(administration.app)
 
 
 @app.command()
@@ -84,16 +88,18 @@ def simulate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(help="The run's folder, or its name in the coordinator's home.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     merged: Annotated[
         bool, typer.Option("--merged", help="Fold the adapter into the backbone: a Hugging Face folder.")
     ] = False,
+    home: administration.HomeOption = administration.DEFAULT_HOME,
 ) -> None:
     """Write a run's adapter in peft's format, or merged into its backbone."""
     from .export import export
 
-    number = export(run, out, merged=merged)
+    within = home.expanduser() / "runs" / run
+    number = export(within if not run.exists() and within.is_dir() else run, out, merged=merged)
     what = "Model with the adapter of round" if merged else "Adapter of round"
     Console().print(f"{what} {number} written to {out}", highlight=False, soft_wrap=True)
 

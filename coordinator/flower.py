@@ -118,6 +118,8 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
     charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
     carrier = GridCarrier(grid, _DatabaseRoll(store, run.name), parsed, charter, _signer(home))
     last = Conductor(parsed, run.name, carrier, _Journal(folder, store, run.name)).go(initial)
+    if not any(record.clients for record in folder.records()):
+        raise RunError("no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why.")
     store.say(run.name, "writing the adapter")
     save_adapter(folder, Bench(parsed, bundle.folder), last)
     conclude(folder, last, max(record.clients for record in folder.records()), time.monotonic() - began)

@@ -59,8 +59,6 @@ DEADLINE: Final = 30.0
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", 64 * 2**20),
     ("grpc.max_send_message_length", 64 * 2**20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
 ]
 
 

@@ -71,8 +71,7 @@ class Resident:
         self._fleet_address = coordinator.target(coordinator.fleet_port)
         self._authority, self._fleet_key = keys.authority, keys.fleet_key()
         self._channel = federation_channel(coordinator.target(coordinator.federation_port), keys)
-        federation = FederationStub(self._channel)
-        self._cache = Cache(home.cache, home.settings.cache.max_bytes)
+        self._cache = Cache(home.cache, home.settings.cache.max_bytes, self._say)
         authority = keys.authority_certificate()
 
         def trusted(signer: bytes) -> Ed25519PublicKey:
@@ -88,7 +87,7 @@ class Resident:
             trusted,
             home.settings.consent,
             home.settings.data.source,
-            lambda digest: self._cache.fetch(digest, federation, self._on_fetched),
+            lambda digest: self._cache.fetch(digest, self._channel, self._on_fetched),
             self._on_activity,
         )
         now = datetime.now(UTC)
@@ -97,7 +96,7 @@ class Resident:
         self._saved = 0.0
         self._lock = threading.Lock()
         self._attendance = Attendance(
-            federation,
+            FederationStub(self._channel),
             instance,
             coordinator.target(coordinator.federation_port),
             on_notice=lambda text: self._say(f"The coordinator says: {text}"),
