@@ -16,9 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -116,20 +114,17 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
     charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
-    carrier = GridCarrier(grid, _DatabaseRoll(store, run.name), parsed, charter, _signer(home))
+    carrier = GridCarrier(grid, _DatabaseRoll(store, run.name), parsed, charter, home.authority().signer())
     last = Conductor(parsed, run.name, carrier, _Journal(folder, store, run.name)).go(initial)
     if not any(record.clients for record in folder.records()):
-        raise RunError("no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why.")
+        raise RunError(
+            "no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why."
+        )
     store.say(run.name, "writing the adapter")
     save_adapter(folder, Bench(parsed, bundle.folder), last)
     conclude(folder, last, max(record.clients for record in folder.records()), time.monotonic() - began)
     store.end(run.name, RunState.FINISHED, "", datetime.now(UTC))
     log.info("finished after round %d", last.record.round)
-
-
-def _signer(home: Home) -> Signer:
-    signer = home.authority().signer()
-    return Signer(signer.key, x509.load_pem_x509_certificate(signer.certificate).public_bytes(Encoding.DER))
 
 
 class _Journal:

@@ -51,12 +51,12 @@ def participant(home: str) -> Participant:
 
 
 def stay(home: Home, console: Console) -> None:
-    """Attend and do tasks until SIGINT or SIGTERM.
+    """Attend and do tasks until SIGTERM.
 
     Raises:
         HomeError: another process works here.
         TrustError: this node was revoked, or another process attends with its identity.
-        KeyboardInterrupt: a signal came.
+        KeyboardInterrupt: as soon as SIGINT comes.
     """
     with home.held():
         Resident(home, console).stay()
@@ -104,12 +104,15 @@ class Resident:
         )
 
     def stay(self) -> None:
-        signal.signal(signal.SIGTERM, _interrupt)
+        before = signal.signal(signal.SIGTERM, _terminate)
         self._save()
         self._attendance.begin()
         try:
             self._serve()
+        except _Terminated:
+            self._say("Stopped.")
         finally:
+            signal.signal(signal.SIGTERM, before)
             self._attendance.end()
             self._channel.close()
             self._change(connected=False, activity="stopped", run=None, round=None)
@@ -248,5 +251,9 @@ def federation_channel(address: str, keys: Keys) -> grpc.Channel:
     )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Terminated(BaseException):
+    """SIGTERM came: leave whatever is being done, as KeyboardInterrupt does."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated

@@ -1,0 +1,1 @@
+"""How a database that an older release made becomes one that this release uses. Never edited once released."""
