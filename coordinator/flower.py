@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from farfield.emulator import methods
 from farfield.emulator.bundle import Manifest
 from farfield.protocols import codec, plan
 from farfield.protocols.envelope import Charter, ReplyDesk, Signer, sign_charter
-from farfield.protocols.errors import FarfieldError, RunError, TrustError, WireError
+from farfield.protocols.errors import FarfieldError, RunError, StorageError, TrustError, WireError
 from farfield.protocols.flower import body_record, from_record, to_record
 from farfield.protocols.messages import Task, Train
 from farfield.protocols.parcel import Body
@@ -46,6 +46,9 @@ WATCH_SECONDS: Final = 1.0
 
 BATCH_BYTES: Final = 64 * 2**20
 """Replies are pulled so few at a time that they are about this large together."""
+
+SAVE_SECONDS: Final = 2.0
+"""Between two attempts to save a round on a full disk."""
 
 HANDOVER_SECONDS: Final = 30.0
 """How long a new process waits for the one before it to let go of the run."""
@@ -69,17 +72,22 @@ def main(grid: Grid, context: Context) -> None:
     _log_to(run.folder / "run.log")
     try:
         with _held(RunFolder.open(run.folder)) as folder:
-            _conduct(grid, home, store, run, folder)
+            _conduct_or_say_why(grid, home, store, run, folder)
+    finally:
+        store.close()
+
+
+def _conduct_or_say_why(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) -> None:
+    try:
+        _conduct(grid, home, store, run, folder)
     except Cancelled:
         log.info("cancelled")
     except FarfieldError as error:  # trying again would end the same way
         log.error("failed: %s", error)
-        store.end(name, RunState.FAILED, str(error), datetime.now(UTC))
+        store.end(run.name, RunState.FAILED, str(error), datetime.now(UTC))
     except Exception:
         log.exception("this process fails; the service starts another one after the last saved round")
         raise
-    finally:
-        store.close()
 
 
 @contextmanager
@@ -114,8 +122,9 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
     charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
-    carrier = GridCarrier(grid, _DatabaseRoll(store, run.name), parsed, charter, home.authority().signer())
-    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, run.name)).go(initial)
+    roll = _DatabaseRoll(store, run.name)
+    carrier = GridCarrier(grid, roll, parsed, charter, home.authority().signer())
+    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll)).go(initial)
     if not any(record.clients for record in folder.records()):
         raise RunError(
             "no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why."
@@ -130,23 +139,34 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
 class _Journal:
     """Checkpoints in the run folder, which is the truth, and a row for each round in the database, which shows it."""
 
-    def __init__(self, folder: RunFolder, store: Store, run: str) -> None:
-        self._folder, self._store, self._run = folder, store, run
+    def __init__(self, folder: RunFolder, store: Store, roll: _DatabaseRoll) -> None:
+        self._folder, self._store, self._roll = folder, store, roll
 
     def resume(self) -> Checkpoint | None:
         last = self._folder.resume()
-        known = {record.round for record in self._store.rounds(self._run)}
+        run = self._folder.info.run
+        known = {record.round for record in self._store.rounds(run)}
         for record in self._folder.records():
             if record.round not in known:  # saved a moment before the last process died
-                self._store.add_round(self._run, record)
+                self._store.add_round(run, record)
         if last is not None:
             log.info("going on after round %d", last.record.round)
         return last
 
     def save(self, checkpoint: Checkpoint) -> None:
-        self._folder.save(checkpoint)
-        self._store.add_round(self._run, checkpoint.record)
+        """Save the round; on a full disk, again and again, for the clients' work is worth more than a wait."""
         record = checkpoint.record
+        while True:
+            try:
+                self._folder.save(checkpoint)
+                self._store.add_round(self._folder.info.run, record)
+                break
+            except (RunError, StorageError) as error:
+                log.error("round %d is not saved yet: %s", record.round, error)
+                with suppress(StorageError):
+                    self._roll.say(f"round {record.round} cannot be saved, trying again: {error}")
+                    self._roll.present()
+                time.sleep(SAVE_SECONDS)
         log.info("round %d: %d updates, held-out loss %s", record.round, record.clients, record.eval_loss)
 
 
@@ -212,6 +232,14 @@ def _present(node: Node) -> Present | None:
     return Present(node.fleet_id, Ed25519PublicKey.from_public_bytes(node.signing_key), node.instance)
 
 
+class Post(Protocol):
+    """What a carrier uses of Flower's `Grid`."""
+
+    def get_node_ids(self) -> Iterable[int]: ...
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """A task on its way: to whom, and what its reply is opened with."""
@@ -224,14 +252,26 @@ class _Asked:
 class GridCarrier:
     """Carries rounds over Flower's grid; adds replies as they arrive, and keeps none."""
 
-    def __init__(self, grid: Grid, roll: Roll, plan: Plan, charter: Charter, signer: Signer) -> None:
-        self._grid, self._roll = grid, roll
+    def __init__(
+        self,
+        grid: Post,
+        roll: Roll,
+        plan: Plan,
+        charter: Charter,
+        signer: Signer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            clock: gives the seconds by which rounds are timed.
+        """
+        self._grid, self._roll, self._clock = grid, roll, clock
         self._charter, self._signer = sign_charter(charter, signer), signer
         self._sealed = plan.protection.kind == "sealed"
         self._overdue: dict[str, _Asked] = {}
 
     def now(self) -> float:
-        return time.monotonic()
+        return self._clock()
 
     def gather(self, at_least: int) -> Sequence[str]:
         """Those who are there; waits until they are enough, and says so."""
@@ -251,15 +291,15 @@ class GridCarrier:
         self._roll.say(f"round {round_.number}: {activity}")
         body = codec.pack_body(round_.work)
         asked = self._push(round_, body, traffic)
-        watched = self.now()
+        watched = time.monotonic()
         while not round_.closed:
             idle = True
             for one, message in self._arrived(asked, body.size):
                 idle = False
                 self._take(round_, one, message, traffic)
             round_.tick(self.now())
-            if self.now() - watched >= WATCH_SECONDS:
-                watched = self.now()
+            if time.monotonic() - watched >= WATCH_SECONDS:
+                watched = time.monotonic()
                 self._watch(round_, asked)
             if idle and not round_.closed:
                 time.sleep(POLL_SECONDS)

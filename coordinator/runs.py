@@ -136,6 +136,18 @@ class RunFolder:
                 raise RunError("another process is working on this run", where=self.path) from None
             yield
 
+    @property
+    def is_held(self) -> bool:
+        """Whether some process works on this run now."""
+        try:
+            with (self.path / "lock").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # nobody ever held it
+            return False
+        return False
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint, then its line in metrics.jsonl."""
         arrays = {

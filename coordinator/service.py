@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -25,6 +26,7 @@ from farfield.protocols.errors import FarfieldError, HomeError, ServiceError
 from . import listening
 from .admission import Limits
 from .home import Home
+from .runs import RunFolder
 from .storage import Run, RunState, Store
 from .superlink import SuperLink, SuperLinkSettings
 
@@ -77,6 +79,14 @@ async def serve(home: Home, say: Callable[[str], None]) -> None:
     say("Stopped; unfinished runs go on at the next start.")
 
 
+@dataclass(slots=True)
+class _App:
+    """A ServerApp that was started; `worked` once it was seen to hold its run's folder."""
+
+    flower_run: int
+    worked: bool = False
+
+
 class Supervisor:
     """Makes what runs agree with what the database says. Its methods block; one thread calls them at a time.
 
@@ -88,7 +98,7 @@ class Supervisor:
         self._home, self._store, self._say = home, store, say
         self._link: SuperLink | None = None
         self._registered: dict[str, int] = {}
-        self._apps: dict[str, int] = {}
+        self._apps: dict[str, _App] = {}
         self._next: dict[str, float] = {}
         self._trouble = ""
         self.renewed = False
@@ -185,8 +195,8 @@ class Supervisor:
         assert self._link is not None
         running = {run.name: run for run in self._store.runs(RunState.RUNNING)}
         if self._due("runs", WATCH_SECONDS):
-            for name, flower_run in list(self._apps.items()):
-                self._look_at(name, flower_run, wanted=name in running)
+            for name, one in list(self._apps.items()):
+                self._look_at(name, one, running.get(name))
         for name, run in running.items():
             if name not in self._apps and run.crashes < MAX_CRASHES:
                 self._start_run(run, "goes on")
@@ -198,30 +208,40 @@ class Supervisor:
         assert self._link is not None
         # RUNNING first: the ServerApp looks for it, and a run that is RUNNING without one is started at the next step.
         self._store.begin(run.name, 0, _now())
-        self._apps[run.name] = flower_run = self._link.start_run(self._home.path, run.name)
+        flower_run = self._link.start_run(self._home.path, run.name)
+        self._apps[run.name] = _App(flower_run)
         self._store.begin(run.name, flower_run, _now())
         self._say(f"Run {run.name} {how}.")
 
-    def _look_at(self, name: str, flower_run: int, wanted: bool) -> None:
+    def _look_at(self, name: str, app: _App, running: Run | None) -> None:
         """A run whose ServerApp was started: has it ended, or should it?"""
         assert self._link is not None
-        died = self._link.ended(flower_run)
-        if wanted and died is None:
-            return
-        if wanted:
-            del self._apps[name]
-            self._say(f"Run {name}: its ServerApp died ({died}).")
-            crashes = self._store.crashed(name)
-            if crashes >= MAX_CRASHES:
-                detail = f"its ServerApp died {crashes} times without finishing a round, at last with: {died}"
-                self._store.end(name, RunState.FAILED, detail, _now())
+        died = self._link.ended(app.flower_run)
+        if running is not None:
+            held = RunFolder(running.folder).is_held
+            if died is None and app.worked and not held:  # Flower notices that only after a while
+                died = "killed"
+                self._link.stop_run(app.flower_run)
+            app.worked = app.worked or held
+            if died is not None:
+                self._bury(name, died)
             return
         run = self._store.run(name)
         if died is None and run is not None and run.state is RunState.CANCELLED:
-            self._link.stop_run(flower_run)
-        if died is not None or (run is not None and run.state is RunState.CANCELLED):
+            died = "cancelled"
+            self._link.stop_run(app.flower_run)
+        if died is not None:
             del self._apps[name]
             self._say(f"Run {name}: {'gone' if run is None else _ending(run)}.")
+
+    def _bury(self, name: str, died: str) -> None:
+        """The ServerApp of a run that goes on is dead: another one starts, unless this happened too often."""
+        del self._apps[name]
+        self._say(f"Run {name}: its ServerApp died ({died}).")
+        crashes = self._store.crashed(name)
+        if crashes >= MAX_CRASHES:
+            detail = f"its ServerApp died {crashes} times without finishing a round, at last with: {died}"
+            self._store.end(name, RunState.FAILED, detail, _now())
 
     def _due(self, what: str, every: float) -> bool:
         now = time.monotonic()

@@ -33,6 +33,7 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -50,11 +51,20 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from farfield.protocols.errors import MessageTooLarge, ServiceError, Unreachable
 
-HEARTBEAT_SECONDS: Final = 10.0
+HEARTBEAT_SECONDS: Final = 30.0
 """What the SuperLink is promised; it takes a node for gone when two of these passed in silence."""
 
 DEADLINE: Final = 30.0
 """Of every call, in seconds; the largest object is 5 MiB."""
+
+FIRST_WAIT: Final = 0.02
+LONGEST_WAIT: Final = 0.2
+"""Seconds before an object is asked for again that is not there yet: a message comes before its objects. The wait
+doubles from the first to the longest. Flower's own begins with a second, and most rounds of 1 MB would lose it.
+"""
+
+PATIENCE: Final = 180.0
+"""Seconds after which a message whose objects do not come is given up; so long the SuperLink waits for them, too."""
 
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -109,7 +119,14 @@ class Fleet:
                 return None
             envelope, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
             run = envelope.metadata.run_id
-            contents = pull_objects([one.object_id for one in iterate_object_tree(tree)], self._puller(run, limit))
+            contents = pull_objects(
+                [one.object_id for one in iterate_object_tree(tree)],
+                self._puller(run, limit),
+                max_time=PATIENCE,
+                max_tries_per_object=None,
+                initial_backoff=FIRST_WAIT,
+                backoff_cap=LONGEST_WAIT,
+            )
             self._stub.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=tree.object_id),
                 timeout=DEADLINE,
@@ -194,7 +211,7 @@ def _explained(address: str) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        code, details = error.code(), (error.details() or "gave no reason").strip().splitlines()[0]
+        code, details = error.code(), _reason(error.details())
         if code == grpc.StatusCode.UNAVAILABLE:
             raise Unreachable("the SuperLink cannot be reached", where=address) from None
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -207,3 +224,10 @@ def _explained(address: str) -> Iterator[None]:
                 hint="Set it, for instance with NTP.",
             ) from None
         raise ServiceError(f"the SuperLink says: {details}", where=address) from None
+
+
+def _reason(details: str | None) -> str:
+    """What the SuperLink says, which may be one of Flower's own errors as JSON."""
+    own = FlowerError.from_json(details)
+    text = own.message if own else details or "no reason given"
+    return text.strip().splitlines()[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def _each_backbone_was_loaded_once(running: Federation, names: list[str]) -> Non
         assert log.count("training") == 3, log
 
 
-def _simulated(running: Federation, plan: Path, place: Path) -> dict[str, object]:
+def _simulated(running: Federation, plan: Path, place: Path) -> dict[str, Any]:
     running.command("coordinator", "simulate", plan, "--data", place / "data", "--json", place / "simulated.json")
-    document: dict[str, object] = json.loads((place / "simulated.json").read_text())
+    document: dict[str, Any] = json.loads((place / "simulated.json").read_text())
     return document
