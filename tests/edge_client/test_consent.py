@@ -1,0 +1,199 @@
+"""Consent: every limit refuses what is over it and nothing else, and says so in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from farfield.edge_client.consent import PROGRAM_BYTES, Consent, Request, check, memory_estimate
+from farfield.emulator.methods import registered
+from farfield.protocols import plan as plans
+from farfield.protocols.errors import ConsentError
+from farfield.protocols.plan import Plan, Protection
+
+NOON = datetime(2031, 5, 6, 12, 0)
+BACKBONE = "ab" * 32
+
+
+def plan(budget: str = "steps = 20", protection: str = "sealed", dtype: str = "bfloat16") -> Plan:
+    text = f"""
+        [model]
+        backbone = "anywhere"
+        dtype = "{dtype}"
+        [tuning]
+        kind = "lora"
+        [training]
+        rounds = 18
+        {budget}
+    """
+    found = plans.parse(text, registered(), None)
+    settings: Any = {"kind": protection}  # set on the finished Plan: not every release can run every kind
+    return found.model_copy(update={"protection": Protection(**settings)})
+
+
+REQUEST = Request("r1", plan(), BACKBONE, 8_000_000, 3, 1_000_000)
+
+
+def refusal(consent: Consent, request: Request, now: datetime = NOON) -> str:
+    with pytest.raises(ConsentError) as caught:
+        check(consent, request, now)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("hour", range(24))
+def test_the_defaults_accept_a_normal_run_at_any_hour(hour: int) -> None:
+    check(Consent(), REQUEST, NOON.replace(hour=hour))
+    check(Consent(), replace(REQUEST, plan=plan(protection="secagg")), NOON)
+    check(Consent(), replace(REQUEST, plan=plan("epochs = 3"), cohort=1), NOON)
+
+
+AT_THE_LIMIT = Consent(
+    methods=("ia3", "lora"),
+    backbones=("cd" * 32, BACKBONE),
+    protections=("sealed",),
+    min_cohort=3,
+    max_rounds=18,
+    max_steps=20,
+    max_message_bytes=1_000_000,
+    max_backbone_bytes=8_000_000,
+    max_memory_bytes=PROGRAM_BYTES + 8_000_000,
+    hours="12:00-12:01",
+)
+
+
+def test_what_is_at_every_limit_is_accepted() -> None:
+    check(AT_THE_LIMIT, REQUEST, NOON)
+
+
+CROSSED: dict[str, tuple[dict[str, Any], Request, str]] = {
+    "methods": (
+        {"methods": ("ia3", "vera")},
+        REQUEST,
+        "consent.methods = ['ia3', 'vera']: run 'r1' uses the tuning method 'lora'",
+    ),
+    "backbones": (
+        {"backbones": ("cd" * 32,)},
+        REQUEST,
+        f"consent.backbones = 1 digests: run 'r1' uses the backbone {BACKBONE}",
+    ),
+    "unnamed backbone": ({}, replace(REQUEST, backbone=""), "uses the backbone (none named)"),
+    "protections": (
+        {"protections": ("secagg",)},
+        REQUEST,
+        "consent.protections = ['secagg']: run 'r1' sends updates with protection 'sealed'",
+    ),
+    "min_cohort": ({"min_cohort": 4}, REQUEST, "consent.min_cohort = 4: run 'r1' asks 3 clients in this round"),
+    "cohort of one": ({}, replace(REQUEST, cohort=1), "consent.min_cohort = 3: run 'r1' asks one client in this round"),
+    "max_rounds": ({"max_rounds": 17}, REQUEST, "consent.max_rounds = 17: run 'r1' has 18 rounds"),
+    "max_steps": ({"max_steps": 19}, REQUEST, "consent.max_steps = 19: run 'r1' asks for 20 steps a round"),
+    "max_epochs": (
+        {"max_epochs": 1},
+        replace(REQUEST, plan=plan("epochs = 2")),
+        "consent.max_epochs = 1: run 'r1' asks for 2 epochs a round",
+    ),
+    "max_message_bytes": (
+        {},
+        replace(REQUEST, message_bytes=1_000_001),
+        "consent.max_message_bytes = 1,000,000: run 'r1' sends a task of 1,000,001 bytes",
+    ),
+    "max_backbone_bytes": (
+        {},
+        replace(REQUEST, backbone_bytes=8_000_001),
+        "consent.max_backbone_bytes = 8,000,000: run 'r1' uses a backbone of 8,000,001 bytes",
+    ),
+    "max_memory_bytes": (
+        {},
+        replace(REQUEST, plan=plan(dtype="float32")),
+        "consent.max_memory_bytes = 508,000,000: run 'r1' needs about 516,000,000 bytes of memory",
+    ),
+    "hours": ({"hours": "22:00-06:00"}, REQUEST, "consent.hours = '22:00-06:00': run 'r1' asks for work at 12:00"),
+}
+
+
+@pytest.mark.parametrize("case", CROSSED)
+def test_a_limit_that_is_crossed_refuses_by_name_with_its_value_and_what_was_asked(case: str) -> None:
+    changes, request, sentence = CROSSED[case]
+    said = refusal(AT_THE_LIMIT.model_copy(update=changes), request)
+    assert sentence in said
+    assert said.endswith(", and the owner of this data does not allow that")
+
+
+def test_every_limit_has_a_case_that_crosses_it() -> None:
+    assert set(Consent.model_fields) <= set(CROSSED)
+
+
+def test_updates_in_the_clear_must_be_allowed_by_name() -> None:
+    bare = replace(REQUEST, plan=plan(protection="none"))
+    assert "sends updates with protection 'none'" in refusal(Consent(), bare)
+    check(Consent(protections=("none",)), bare, NOON)
+
+
+def test_a_size_that_is_not_known_yet_is_left_to_the_next_question() -> None:
+    check(Consent(max_backbone_bytes=1, max_memory_bytes=1), replace(REQUEST, backbone_bytes=None), NOON)
+    assert "max_backbone_bytes" in refusal(Consent(max_backbone_bytes=1), REQUEST)
+
+
+def test_steps_and_epochs_have_limits_of_their_own() -> None:
+    check(Consent(max_epochs=1), REQUEST, NOON)
+    check(Consent(max_steps=1), replace(REQUEST, plan=plan("epochs = 2")), NOON)
+
+
+def test_float32_takes_twice_the_memory_of_bfloat16() -> None:
+    narrow, wide = memory_estimate(plan(), 1000), memory_estimate(plan(dtype="float32"), 1000)
+    assert (narrow - PROGRAM_BYTES, wide - PROGRAM_BYTES) == (1000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("hours", "inside", "outside"),
+    [
+        ("22:00-06:00", ["22:00", "23:59", "00:00", "05:59"], ["06:00", "12:00", "21:59"]),
+        ("08:30-17:00", ["08:30", "16:59"], ["08:29", "17:00", "00:00"]),
+        ("18:00-24:00", ["18:00", "23:59"], ["17:59", "00:00"]),
+        ("00:00-24:00", ["00:00", "12:00", "23:59"], []),
+    ],
+)
+def test_hours(hours: str, inside: list[str], outside: list[str]) -> None:
+    for clock in inside:
+        check(Consent(hours=hours), REQUEST, datetime.fromisoformat(f"2031-05-06T{clock}"))
+    for clock in outside:
+        assert f"asks for work at {clock}" in refusal(
+            Consent(hours=hours), REQUEST, datetime.fromisoformat(f"2031-05-06T{clock}")
+        )
+
+
+@given(st.times(), st.times(), st.times())
+def test_a_span_and_its_complement_share_no_minute_and_leave_none_out(begin: Any, end: Any, now: Any) -> None:
+    first, second = f"{begin:%H:%M}", f"{end:%H:%M}"
+    if first == second:
+        return
+    moment = datetime.combine(NOON.date(), now)
+
+    def allowed(hours: str) -> bool:
+        try:
+            check(Consent(hours=hours), REQUEST, moment)
+        except ConsentError:
+            return False
+        return True
+
+    assert allowed(f"{first}-{second}") != allowed(f"{second}-{first}")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hours": "22-6"}, {"hours": "22:00-25:00"}, {"hours": "24:00-06:00"}, {"hours": "6:00-22:00"},
+        {"hours": "06:00-06:00"}, {"hours": "22:00-06:00\n"}, {"hours": "22:00-0\u0666:00"}, {"min_cohort": 0},
+        {"max_rounds": "9"}, {"max_steps": 0}, {"max_epochs": True}, {"max_memory_bytes": 1.5},
+        {"backbones": ("abc",)}, {"methods": "lora"}, {"protections": ()}, {"protections": ("open",)},
+        {"max_rouds": 1},
+    ],
+)  # fmt: skip
+def test_what_is_no_limit_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Consent.model_validate(wrong)
