@@ -26,7 +26,7 @@ from farfield.protocols.errors import WireError
 from farfield.protocols.messages import Evaluate, Evaluated, Failed, Refused, Reply, Task, Train, Trained
 from farfield.protocols.plan import Cohort, Plan
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State, pack_state, unpack
+from farfield.protocols.tensors import ITEM_BYTES, State, Tensor, pack_state, unpack
 
 from .aggregation import SumRule
 
@@ -251,22 +251,25 @@ class TrainingRound(_Round):
         return Aggregate(update, loss, tuple(self._counted), self._examples, self._targets, self._steps)
 
     def _check(self, trained: Trained) -> None:
-        """Raises WireError unless the update's tensors are what was asked for, and finite."""
+        """Raises WireError unless the update's tensors are what was asked for, finite, and remain so in the sum."""
         if not (trained.examples and trained.targets):
             raise WireError("an update from no example")
+        _check_loss(trained, len(self._ledger.nodes))
         shapes = {name: tensor.shape for name, tensor in trained.update.items()}
         if shapes != self._shapes:
             odd = sorted(set(shapes.items()) ^ set(self._shapes.items()))
             raise WireError(f"the update's tensors differ from the adapter's, first at {odd[0][0]!r} {odd[0][1]}")
+        # Half of what a sum of so many can hold: what is added is rounded.
+        largest = np.finfo(np.float32).max / 2 / len(self._ledger.nodes) / self._rule.weight(trained)
         for name, tensor in trained.update.items():
-            if not all(np.isfinite(block).all() for block in _blocks(unpack(tensor))):
-                raise WireError(f"the update has values that are not finite, first in {name!r}")
+            if not all((np.abs(block) <= largest).all() for block in _unpacked(tensor)):  # of NaN, too
+                raise WireError(f"the update has values that are not finite, or too large to add, first in {name!r}")
 
     def _add(self, node: str, trained: Trained) -> None:
         weight = self._rule.weight(trained)
         for name, tensor in trained.update.items():
             total = self._sum.setdefault(name, np.zeros(tensor.shape, np.float32))
-            for part, block in zip(_blocks(total), _blocks(unpack(tensor)), strict=True):
+            for part, block in zip(_blocks(total), _unpacked(tensor), strict=True):
                 part += np.float32(weight) * block
         self._weight += weight
         self._ledger.counted += 1
@@ -293,6 +296,10 @@ class EvaluationRound(_Round):
             return refused
         if not isinstance(reply.outcome, Evaluated):
             return self._ledger.reject(reply.node, "answered an evaluation task with something else")
+        try:
+            _check_loss(reply.outcome, len(self._ledger.nodes))
+        except WireError as error:
+            return self._ledger.reject(reply.node, str(error))
         if reply.outcome.targets:  # a client with a single example holds none out
             self._scores[reply.node] = reply.outcome
         return Verdict.ACCEPTED
@@ -309,6 +316,12 @@ class EvaluationRound(_Round):
         return Score(loss, sum(score.correct for score in scores) / targets, targets, tuple(sorted(self._scores)))
 
 
+def _check_loss(outcome: Trained | Evaluated, nodes: int) -> None:
+    """Raises WireError when the mean over `nodes` clients with such a loss would not be finite."""
+    if not math.isfinite(outcome.loss * outcome.targets * nodes):
+        raise WireError(f"a loss of {outcome.loss:g} over {outcome.targets} targets")
+
+
 _BLOCK = 1 << 18
 
 
@@ -316,3 +329,11 @@ def _blocks(array: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
     """Views that together are `array`: what is computed from one is small, however large the array."""
     flat = array.reshape(-1)
     return (flat[at : at + _BLOCK] for at in range(0, flat.size, _BLOCK))
+
+
+def _unpacked(tensor: Tensor) -> Iterator[NDArray[np.float32]]:
+    """The values of `tensor` in blocks of the same sizes."""
+    raw, size = memoryview(tensor.data), ITEM_BYTES[tensor.dtype]
+    for at in range(0, len(raw), _BLOCK * size):
+        block = raw[at : at + _BLOCK * size]
+        yield unpack(Tensor(tensor.dtype, (len(block) // size,), block))

@@ -32,9 +32,13 @@ _FROM_PB: Final[dict[int, DType]] = {pb.FLOAT32: "float32", pb.BFLOAT16: "bfloat
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large a message may be."""
+    """How large a message may be.
+
+    A head has a limit of its own, because a parsed one takes up to thirty times its size in memory.
+    """
 
     message_bytes: int = 1 << 30
+    head_bytes: int = 1 << 20
     tensors: int = 65_536
     dimensions: int = 8
     text_chars: int = 4_096
@@ -143,7 +147,7 @@ def _values(state: Mapping[str, Tensor]) -> Iterable[Buffer]:
 def _opened(message: Any, parcel: Parcel, limits: Limits) -> tuple[Any, memoryview]:
     if parcel.size > limits.message_bytes:
         raise MessageTooLarge(f"a message of {parcel.size} bytes", hint=f"The limit is {limits.message_bytes}.")
-    return parse(message, parcel.head, limits), memoryview(join(parcel.frames))
+    return parse(message, parcel.head, limits), join(parcel.frames)
 
 
 def parse(message: M, raw: bytes, limits: Limits = LIMITS) -> M:
@@ -152,8 +156,8 @@ def parse(message: M, raw: bytes, limits: Limits = LIMITS) -> M:
     Raises:
         MessageTooLarge, UnknownVersion, MalformedMessage: as `decode_task` does.
     """
-    if len(raw) > limits.message_bytes:
-        raise MessageTooLarge(f"a message of {len(raw)} bytes", hint=f"The limit is {limits.message_bytes}.")
+    if len(raw) > limits.head_bytes:
+        raise MessageTooLarge(f"a head of {len(raw)} bytes", hint=f"The limit is {limits.head_bytes}.")
     try:
         message.ParseFromString(raw)
     except DecodeError as error:

@@ -108,7 +108,7 @@ class ReplyDesk:
         parcel = codec.encode_task(task, body)
         nonce = self._nonces[task.node] = secrets.token_bytes(NONCE_BYTES)
         seal_to = self._private.public_key().public_bytes_raw() if self._private else b""
-        signature = identity.sign(self._signer.key, _TASK, parcel.head, nonce, seal_to)
+        signature = identity.sign(self._signer.key, _TASK, self._charter.charter, parcel.head, nonce, seal_to)
         head = pb.SignedTask(charter=self._charter, task=parcel.head, nonce=nonce, seal_to=seal_to, signature=signature)
         return Parcel(head.SerializeToString(deterministic=True), parcel.frames)
 
@@ -123,14 +123,14 @@ class ReplyDesk:
             WireError: what was sealed is no reply.
         """
         if self._private is None:
-            return codec.decode_reply(parcel, limits)
+            return _answering(task, codec.decode_reply(parcel, limits))
         if parcel.size > limits.message_bytes:
             raise MessageTooLarge(f"a message of {parcel.size} bytes", hint=f"The limit is {limits.message_bytes}.")
         sealed = codec.parse(pb.SealedReply(), parcel.head, limits)
         context = _context(task, self._nonces[task.node])
         if _stated(sealed) != context:
             raise TrustError(
-                f"a reply of {sealed.node!r} to round {sealed.round} of run {sealed.run!r}",
+                f"a reply to another task: of {sealed.node[:64]!r} to round {sealed.round} of run {sealed.run[:64]!r}",
                 where=f"round {task.round} of run {task.run!r}, waiting for {task.node!r}",
             )
         recipient = self._private.public_key().public_bytes_raw()
@@ -139,25 +139,32 @@ class ReplyDesk:
         head = next(frames, None)
         if head is None:
             raise MalformedMessage("a sealed reply without its head")
-        return codec.decode_reply(Parcel(head, list(frames)), limits)
+        return _answering(task, codec.decode_reply(Parcel(head, list(frames)), limits))
 
 
 def open_task(
-    parcel: Parcel, node: str, trusted: Callable[[bytes], Ed25519PublicKey], limits: Limits = LIMITS
+    parcel: Parcel,
+    node: str,
+    trusted: Callable[[bytes], Ed25519PublicKey],
+    limits: Limits = LIMITS,
+    *,
+    sealed: bool = True,
 ) -> Opened:
     """The task in `parcel`, if the coordinator signed it and its charter for `node`. Uses the frames up.
 
     Args:
         trusted: gives the key in a signer's certificate (DER); raises TrustError when it is not to be trusted.
+        sealed: whether replies are to be sealed. Only a simulation may say no.
 
     Raises:
-        TrustError: unsigned, altered, for another node, or for another run or Plan than its charter is.
+        TrustError: unsigned, altered, for another node, for another run or Plan than its charter is, or without a key
+            to seal to (with one, where nothing is to be sealed).
         WireError: no task.
     """
     signed = codec.parse(pb.SignedTask(), parcel.head, limits)
     key = trusted(signed.charter.signer)
     identity.verify(key, signed.charter.signature, _CHARTER, signed.charter.charter)
-    identity.verify(key, signed.signature, _TASK, signed.task, signed.nonce, signed.seal_to)
+    identity.verify(key, signed.signature, _TASK, signed.charter.charter, signed.task, signed.nonce, signed.seal_to)
     charter = _charter(signed.charter.charter, limits)
     task = codec.decode_task(Parcel(signed.task, parcel.frames), limits)
     if task.node != node:
@@ -166,6 +173,8 @@ def open_task(
         raise TrustError(f"the task of run {task.run!r} came with the charter of another run or Plan")
     if len(signed.nonce) != NONCE_BYTES:
         raise MalformedMessage(f"a nonce of {len(signed.nonce)} bytes")
+    if bool(signed.seal_to) != sealed:
+        raise TrustError(f"a task whose reply is {'not ' if sealed else ''}to be sealed", where=f"run {task.run!r}")
     return Opened(task, charter, signed.nonce, signed.seal_to)
 
 
@@ -194,6 +203,13 @@ def close_reply(reply: Reply, to: Opened, key: Ed25519PrivateKey) -> Parcel:
         signature=signature,
     )
     return Parcel(outer.SerializeToString(deterministic=True), closed)
+
+
+def _answering(task: Task, reply: Reply) -> Reply:
+    """`reply`, if it is one to `task`: a node that seals what it likes could put another's name inside."""
+    if (reply.run, reply.round, reply.node, reply.plan_digest) != (task.run, task.round, task.node, task.plan_digest):
+        raise TrustError(f"{task.node!r} sent a reply to another task, or in another's name", where=f"run {task.run!r}")
+    return reply
 
 
 def _charter(raw: bytes, limits: Limits) -> Charter:

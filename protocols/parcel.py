@@ -6,11 +6,15 @@ object, and a reader can drop each one as soon as it has been used, so a large b
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, TypeAlias
+
+import numpy as np
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -69,13 +73,28 @@ def cut(pieces: Iterable[Buffer]) -> Iterator[bytes]:
         yield bytes(frame)
 
 
-def join(frames: list[bytes]) -> bytearray:
-    """The frames as one buffer. Uses them up: each is dropped when it has been copied."""
-    whole = bytearray(sum(map(len, frames)))
+def join(frames: list[bytes]) -> memoryview:
+    """The frames as one read-only buffer. Uses them up: each is dropped when it has been copied."""
+    # A bytearray would be filled with zeros first, and so be in memory as a whole beside all the frames.
+    whole = np.empty(sum(map(len, frames)), np.uint8).data
     at = 0
     frames.reverse()
     while frames:
         frame = frames.pop()
         whole[at : at + len(frame)] = frame
         at += len(frame)
-    return whole
+    return whole.toreadonly()
+
+
+def release_freed_frames() -> None:
+    """Have the system get the memory of frames back as soon as they are dropped, from here on in this process.
+
+    For processes that go through many large messages. glibc keeps freed blocks for itself once some of a size were
+    freed (mallopt(3), M_MMAP_THRESHOLD), and with them as much memory again as a message has. Where the C library is
+    another one, nothing is done.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, FRAME_BYTES // 8)
+
+
+_M_MMAP_THRESHOLD: Final = -3

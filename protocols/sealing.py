@@ -30,6 +30,7 @@ def seal(frames: Iterable[bytes], recipient: bytes, context: bytes) -> tuple[byt
     """The ephemeral public key, and the sealed frames (each `TAG_BYTES` longer), made one by one.
 
     Args:
+        frames: at least one; of none, nothing could tell that they had been cut off.
         recipient: X25519 public key, 32 bytes.
 
     Raises:
@@ -50,15 +51,18 @@ def unseal(frames: Iterable[bytes], ephemeral: bytes, private: X25519PrivateKey,
     """The frames that were sealed, one by one. Nothing may be done with them before the last one has come.
 
     Raises:
-        TrustError: sealed for another context or another key, altered, reordered or cut short.
+        TrustError: sealed for another context or another key, altered, reordered, cut short or missing.
     """
     recipient = private.public_key().public_bytes_raw()
     cipher = _cipher(private, ephemeral, ephemeral + recipient, context)
+    index = None
     for index, frame, last in _numbered(frames):
         try:
             yield cipher.decrypt(_nonce(index, last), frame, context)
         except InvalidTag:
             raise TrustError("the seal does not hold: made for another round or node, or altered on the way") from None
+    if index is None:
+        raise TrustError("nothing is sealed here: all frames are missing")
 
 
 def _cipher(private: X25519PrivateKey, public: bytes, salt: bytes, context: bytes) -> AESGCM:

@@ -1,11 +1,18 @@
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from farfield.coordinator import plans
+from farfield.coordinator import plans, rounds
 from farfield.coordinator.aggregation.mean import WeightedMean
 from farfield.coordinator.rounds import (
     EvaluationRound,
@@ -15,9 +22,9 @@ from farfield.coordinator.rounds import (
     sample_cohort,
     sample_evaluators,
 )
-from farfield.protocols.messages import Evaluated, Failed, Reply, Task, Trained
+from farfield.protocols.messages import Evaluated, Failed, Refused, Reply, Task, Trained
 from farfield.protocols.plan import Cohort, Plan
-from farfield.protocols.tensors import State, pack_state
+from farfield.protocols.tensors import DType, State, pack_state, unpack_state
 
 NODES = ["ann", "bob", "cy"]
 ADAPTER: State = {"a": np.zeros((2, 2), np.float32), "b": np.zeros(3, np.float32), "c": np.zeros((), np.float32)}
@@ -28,9 +35,11 @@ def plan(extra: str = "") -> Plan:
     return plans.parse(text + extra)
 
 
-def opened(extra: str = "", nodes: list[str] = NODES) -> TrainingRound:
+def opened(
+    extra: str = "", nodes: list[str] = NODES, wanted: int | None = None, adapter: State = ADAPTER
+) -> TrainingRound:
     chosen = plan(extra)
-    return TrainingRound(chosen, "run", 1, ADAPTER, nodes, WeightedMean(chosen.aggregation), now=100.0)
+    return TrainingRound(chosen, "run", 1, adapter, nodes, WeightedMean(chosen.aggregation), now=100.0, wanted=wanted)
 
 
 def trained(task: Task, value: float = 1.0, **changes: Any) -> Reply:
@@ -43,6 +52,7 @@ def test_a_full_round() -> None:
     round_ = opened()
     tasks = list(round_.tasks())
     assert [task.node for task in tasks] == NODES
+    assert {task.cohort for task in tasks} == {3}
     for value, task in zip((1.0, 2.0, 6.0), tasks, strict=True):
         assert not round_.closed
         assert round_.receive(trained(task, value), now=101.0) is Verdict.ACCEPTED
@@ -127,6 +137,75 @@ def test_failures_and_losses_are_remembered_with_their_reason() -> None:
     assert round_.problems == {"ann": "no usable example", "cy": "connection closed"}
 
 
+def test_a_refusal_is_a_problem_with_its_reason() -> None:
+    round_ = opened(nodes=["ann", "bob"])
+    ann, bob = round_.tasks()
+    assert round_.receive(Reply.to(ann, Refused("no training after 18:00")), now=100.0) is Verdict.REFUSED
+    assert round_.problems == {"ann": "refused: no training after 18:00"}
+    assert round_.waiting == {"bob"}
+    assert round_.receive(trained(ann), now=100.0) is Verdict.LATE
+    round_.receive(trained(bob, 7.0), now=100.0)
+    result = round_.result()
+    assert result is not None
+    assert result.clients == ("bob",)
+
+
+def test_an_evaluation_can_be_refused() -> None:
+    round_ = EvaluationRound(plan(), "run", 1, ADAPTER, ["ann"], now=0.0)
+    (task,) = round_.tasks()
+    assert round_.receive(Reply.to(task, Refused("not here")), now=0.0) is Verdict.REFUSED
+    assert (round_.closed, round_.result(), round_.problems) == (True, None, {"ann": "refused: not here"})
+
+
+def test_a_round_closes_with_as_many_as_it_wants() -> None:
+    nodes = ["ann", "bob", "cy", "dan", "eve"]
+    round_ = opened(nodes=nodes, wanted=2)
+    ann, bob, cy, dan, eve = round_.tasks()
+    assert {task.cohort for task in (ann, eve)} == {5}
+    assert round_.receive(trained(eve, 1.0), now=101.0) is Verdict.ACCEPTED
+    assert not round_.closed
+    assert round_.receive(trained(bob, 2.0), now=102.0) is Verdict.ACCEPTED
+    assert round_.closed
+    assert round_.waiting == {"ann", "cy", "dan"}
+    for late in (ann, cy, cy):
+        assert round_.receive(trained(late, 100.0), now=103.0) is Verdict.LATE
+    assert round_.receive(Reply.to(dan, Failed("no")), now=103.0) is Verdict.LATE
+    assert round_.receive(trained(eve, 100.0), now=103.0) is Verdict.STRAY
+    round_.tick(1e9)
+    assert round_.problems == {}, "it is nobody's fault that the others were faster"
+    result = round_.result()
+    assert result is not None
+    np.testing.assert_allclose(result.update["a"], 1.5, rtol=1e-6)
+    assert (result.clients, result.examples) == (("eve", "bob"), 20)
+
+
+def test_only_what_counts_brings_the_close_nearer() -> None:
+    round_ = opened(nodes=["ann", "bob", "cy", "dan", "eve"], wanted=2)
+    ann, bob, cy, dan, eve = round_.tasks()
+    round_.receive(trained(ann), now=100.0)
+    assert round_.receive(Reply.to(bob, Failed("no")), now=100.0) is Verdict.FAILED
+    assert round_.receive(Reply.to(cy, Refused("no")), now=100.0) is Verdict.REFUSED
+    assert round_.receive(trained(dan, math.nan), now=100.0) is Verdict.INVALID
+    assert not round_.closed
+    round_.receive(trained(eve), now=100.0)
+    assert round_.closed
+    assert sorted(round_.problems) == ["bob", "cy", "dan"]
+
+
+def test_a_round_that_cannot_have_what_it_wants_still_closes() -> None:
+    round_ = opened("[cohort]\nround_seconds = 60.0\n", wanted=2)
+    ann, *_ = round_.tasks()
+    round_.receive(trained(ann), now=100.0)
+    round_.lose("bob", "gone")
+    assert not round_.closed
+    round_.lose("cy", "gone")
+    assert round_.closed
+    late = opened("[cohort]\nround_seconds = 60.0\n", wanted=2)
+    late.tick(160.0)
+    assert late.closed
+    assert sorted(late.problems) == NODES
+
+
 def test_fewer_updates_than_the_minimum_come_to_nothing() -> None:
     round_ = opened("[cohort]\nminimum = 3\n")
     ann, bob, _ = round_.tasks()
@@ -142,10 +221,11 @@ def test_fewer_updates_than_the_minimum_come_to_nothing() -> None:
         ({"update": {}}, "tensors differ from the adapter's"),
         ({"update": pack_state({**ADAPTER, "d": np.ones(1, np.float32)}, "float32")}, "first at 'd'"),
         ({"update": pack_state({**ADAPTER, "b": np.ones(4, np.float32)}, "float32")}, "first at 'b'"),
-        (
-            {"update": pack_state({**ADAPTER, "b": np.full(3, np.inf, np.float32)}, "float32")},
-            "not finite, first in 'b'",
-        ),
+        ({"update": pack_state({**ADAPTER, "b": np.full(3, np.inf, np.float32)}, "float32")}, "first in 'b'"),
+        ({"update": pack_state({**ADAPTER, "c": np.full((), np.nan, np.float32)}, "float32")}, "first in 'c'"),
+        ({"update": pack_state({**ADAPTER, "b": np.full(3, -1e37, np.float32)}, "float32")}, "too large to add"),
+        ({"update": pack_state({**ADAPTER, "b": np.full(3, 1e20, np.float32)}, "float32"), "examples": 2**63}, "too l"),
+        ({"loss": 1e308, "targets": 2**40}, "a loss of 1e+308 over 1099511627776 targets"),
         ({"examples": 0}, "from no example"),
         ({"targets": 0}, "from no example"),
     ],
@@ -159,6 +239,85 @@ def test_an_update_that_cannot_be_added_is_refused_whole(change: dict[str, Any],
     result = round_.result()
     assert result is not None
     np.testing.assert_array_equal(result.update["a"], 7.0)
+
+
+largest = st.floats(2.0**60, float(np.finfo(np.float32).max), width=32)
+
+
+@given(
+    st.lists(
+        st.tuples(largest, st.booleans(), st.one_of(st.integers(1, 8), st.integers(1, 2**64 - 1))),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_no_finite_updates_make_a_sum_that_is_not(clients: list[tuple[float, bool, int]]) -> None:
+    """A sum that overflowed would be every later round's adapter; a warning of numpy would fail this test, too."""
+    nodes = [f"n{i}" for i in range(len(clients))]
+    round_ = opened(nodes=nodes)
+    for task, (value, negative, examples) in zip(round_.tasks(), clients, strict=True):
+        round_.receive(trained(task, -value if negative else value, examples=examples), now=100.0)
+    result = round_.result()
+    if result is not None:
+        assert all(np.isfinite(array).all() for array in result.update.values())
+
+
+BLOCK = 4
+
+shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=2 * BLOCK + 1)
+values = st.floats(-100, 100, width=32)
+
+
+@given(
+    hnp.arrays(np.float32, shapes, elements=values),
+    st.lists(st.tuples(values, st.integers(1, 1000)), min_size=1, max_size=4),
+    st.sampled_from(("float32", "bfloat16")),
+)
+def test_a_sum_in_blocks_is_bit_by_bit_the_sum_of_the_whole(
+    array: np.ndarray, clients: list[tuple[float, int]], dtype: DType
+) -> None:
+    nodes = [f"n{i}" for i in range(len(clients))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds, "_BLOCK", BLOCK)
+        round_ = opened(nodes=nodes, adapter={"a": np.zeros_like(array), "b": np.zeros(1, np.float32)})
+        whole, weight = np.zeros_like(array), 0.0
+        for task, (factor, examples) in zip(round_.tasks(), clients, strict=True):
+            update = pack_state({"a": array * np.float32(factor), "b": np.ones(1, np.float32)}, dtype)
+            assert round_.receive(trained(task, update=update, examples=examples), 100.0) is Verdict.ACCEPTED
+            whole = whole + np.float32(examples) * unpack_state(update)["a"]
+            weight += examples
+        result = round_.result()
+    assert result is not None
+    np.testing.assert_array_equal(result.update["a"], whole / weight, strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, rounds._BLOCK - 1, rounds._BLOCK, 2 * rounds._BLOCK, 2 * rounds._BLOCK + 6])
+def test_a_value_that_is_not_finite_is_found_in_any_block(position: int, bad: float, dtype: DType) -> None:
+    adapter = {"a": np.zeros((2 * rounds._BLOCK + 7, 1), np.float32)}
+    round_ = opened(nodes=["ann", "bob"], adapter=adapter)
+    ann, bob = round_.tasks()
+    poisoned = adapter["a"].copy()
+    poisoned[position] = bad
+    reply = trained(ann, update=pack_state({"a": poisoned}, dtype))
+    assert round_.receive(reply, now=100.0) is Verdict.INVALID
+    assert "not finite" in round_.problems["ann"]
+    assert round_.receive(trained(bob, update=pack_state({"a": adapter["a"] + 1}, dtype)), 100.0) is Verdict.ACCEPTED
+    result = round_.result()
+    assert result is not None
+    np.testing.assert_array_equal(result.update["a"], 1.0)
+
+
+def test_many_sealed_replies_take_less_memory_than_three() -> None:
+    """In a process of its own; `benchmarks/aggregation.py` says what is counted."""
+    script = Path(__file__).parents[2] / "benchmarks" / "aggregation.py"
+    command = [sys.executable, str(script), "--clients", "20", "--megabytes", "10", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert (measured["clients"], round(measured["reply"] / 1e6)) == (20, 10)
+    assert 1 < measured["ratio"] < 3  # the sum alone is one
 
 
 def test_a_training_round_takes_no_measurement_for_an_update() -> None:
@@ -181,6 +340,17 @@ def test_an_evaluation_weighs_by_targets() -> None:
     score = round_.result()
     assert score is not None
     assert (score.loss, score.accuracy, score.clients) == (2.5, 0.25, ("ann", "bob"))
+
+
+def test_a_measurement_that_makes_no_mean_is_refused() -> None:
+    round_ = EvaluationRound(plan(), "run", 1, ADAPTER, ["ann", "bob"], now=0.0)
+    ann, bob = round_.tasks()
+    assert round_.receive(Reply.to(ann, Evaluated(1, 2**40, 1e308, 1)), now=0.0) is Verdict.INVALID
+    assert round_.problems == {"ann": "a loss of 1e+308 over 1099511627776 targets"}
+    round_.receive(Reply.to(bob, Evaluated(1, 2, 1.0, 1)), now=0.0)
+    score = round_.result()
+    assert score is not None
+    assert (score.loss, score.clients) == (1.0, ("bob",))
 
 
 @pytest.mark.parametrize(
@@ -208,3 +378,25 @@ def test_cohorts_are_drawn_afresh_for_each_round_and_evaluators_are_not() -> Non
     assert counts.min() > 0
     assert counts.max() < 40  # 16 expected; 5 standard deviations are 19
     assert sample_evaluators(chosen, nodes) == sample_evaluators(chosen, reversed(nodes))
+
+
+@pytest.mark.parametrize(
+    ("cohort", "present", "asked"),
+    [
+        ("size = 4\nover_selection = 0.5", 100, 6),
+        ("size = 4\nover_selection = 0.1", 100, 5),
+        ("size = 4\nover_selection = 0.5", 5, 5),
+        ("size = 4\nover_selection = 0.5", 3, 3),
+        ("size = 4\nover_selection = 4.0", 100, 20),
+        ("fraction = 0.1\nover_selection = 0.25", 40, 5),
+        ("size = 4", 100, 4),
+    ],
+)
+def test_over_selection_asks_more(cohort: str, present: int, asked: int) -> None:
+    chosen = plan(f"[cohort]\n{cohort}\n")
+    nodes = [f"n{i:02d}" for i in range(present)]
+    drawn = [sample_cohort(chosen, number, reversed(nodes)) for number in range(1, 30)]
+    assert drawn == [sample_cohort(chosen, number, nodes) for number in range(1, 30)]
+    assert all(len(one) == len(set(one)) == asked and set(one) <= set(nodes) for one in drawn)
+    # With over-selection those who are asked last must not be the same ones each time.
+    assert any(a > b for one in drawn for a, b in pairwise(one)) == (chosen.cohort.over_selection > 0)

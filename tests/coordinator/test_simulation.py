@@ -9,20 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tiny import Place, write_backbone, write_clients
 
 from farfield.coordinator import plans, simulation
+from farfield.coordinator.results import Result
 from farfield.coordinator.rounds import sample_cohort
 from farfield.coordinator.runs import Checkpoint, RoundRecord, RunFolder
-from farfield.coordinator.results import Result
 from farfield.coordinator.simulate import Request, simulate
 from farfield.coordinator.simulation import Faults, Fleet, sources
 from farfield.edge_client.data import ClientData, TokenExample, batches
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
-from farfield.protocols import codec
-from farfield.protocols.errors import PlanError, RunError
+from farfield.protocols import codec, envelope, messages_pb2
+from farfield.protocols.envelope import Opened, ReplyDesk
+from farfield.protocols.errors import PlanError, RunError, WireError
 from farfield.protocols.messages import Reply, Task, Trained
+from farfield.protocols.parcel import Body, Parcel
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State, digest
@@ -151,25 +154,23 @@ def test_learning_shows(place: Place) -> None:
     assert quiet.clients[:3] == [(0, "evaluating", done, 3) for done in (1, 2, 3)]
 
 
-def test_the_bytes_counted_are_those_encoded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_counted_are_those_that_travel(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
+    address, close = ReplyDesk.address, envelope.close_reply
 
-    def encode_task(task: Task) -> bytes:
-        raw = codec.encode_task(task)
-        sent[task.round] = sent.get(task.round, 0) + len(raw)
-        return raw
+    def addressed(self: ReplyDesk, task: Task, body: Body) -> Parcel:
+        parcel = address(self, task, body)
+        sent[task.round] = sent.get(task.round, 0) + len(parcel.head) + sum(map(len, parcel.frames))
+        return parcel
 
-    def encode_reply(reply: Reply) -> bytes:
-        raw = codec.encode_reply(reply)
-        received[reply.round] = received.get(reply.round, 0) + len(raw)
-        return raw
+    def closed(reply: Reply, to: Opened, key: Ed25519PrivateKey) -> Parcel:
+        parcel = close(reply, to, key)
+        received[reply.round] = received.get(reply.round, 0) + len(parcel.head) + sum(map(len, parcel.frames))
+        return parcel
 
-    class Recorded:
-        decode_task, decode_reply = staticmethod(codec.decode_task), staticmethod(codec.decode_reply)
-
-    Recorded.encode_task, Recorded.encode_reply = staticmethod(encode_task), staticmethod(encode_reply)  # type: ignore[attr-defined]
-    monkeypatch.setattr(simulation, "codec", Recorded)
+    monkeypatch.setattr(ReplyDesk, "address", addressed)
+    monkeypatch.setattr(simulation, "close_reply", closed)
     for faults in (Faults(), Faults(dropout=0.4, stragglers=0.4)):
         sent.clear()
         received.clear()
@@ -179,6 +180,58 @@ def test_the_bytes_counted_are_those_encoded(place: Place, monkeypatch: pytest.M
     # Nobody is asked for less than the adapter, and updates are as large.
     values = 4 * sum(array.size for array in last(result).adapter.values())
     assert sent[0] > 3 * values
+
+
+def test_every_task_is_signed_and_every_reply_sealed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between machines; with protection "none" they are not sealed, and come to the same adapter."""
+    parcels: list[Parcel] = []
+    charters: list[envelope.Charter] = []
+    close = envelope.close_reply
+
+    def closed(reply: Reply, to: Opened, key: Ed25519PrivateKey) -> Parcel:
+        charters.append(to.charter)
+        parcel = close(reply, to, key)
+        parcels.append(Parcel(parcel.head, list(parcel.frames)))
+        return parcel
+
+    monkeypatch.setattr(simulation, "close_reply", closed)
+    sealed = go(place)
+    plan, bench, _ = fleet(place)
+    expected = envelope.Charter(sealed.run, plan.canonical(), "", 0, bench.frozen)
+    assert len(charters) == 3 * (1 + 3 + 3)
+    assert set(charters) == {expected}
+    heads = [codec.parse(messages_pb2.SealedReply(), parcel.head) for parcel in parcels]
+    assert len({head.nonce for head in heads}) == len({head.ephemeral for head in heads}) == len(parcels)
+    for parcel in parcels:
+        with pytest.raises(WireError):
+            codec.decode_reply(parcel)
+    parcels.clear()
+    place.plan(protection={"kind": "none"})
+    bare = go(place)
+    assert len(parcels) == 3 * (1 + 3 + 3)
+    assert {codec.decode_reply(parcel).run for parcel in parcels} == {bare.run}
+    assert bare.adapter_digest == sealed.adapter_digest
+    for ours, theirs in zip(bare.rounds, sealed.rounds, strict=True):
+        assert ours.bytes_up < theirs.bytes_up < ours.bytes_up + 6 * 300  # what a seal takes, for each reply
+        assert (ours.train_loss, ours.eval_loss) == (theirs.train_loss, theirs.eval_loss)
+
+
+def test_over_selection_makes_up_for_dropouts(place: Place) -> None:
+    write_clients(write := place.path / "many", 9, records=6)
+    training = {"rounds": 6, "steps": 1}
+    faults = Faults(dropout=0.3)
+    place.plan(training=training, cohort={"size": 4})
+    without = go(place, data=write, faults=faults)
+    place.plan(training=training, cohort={"size": 4, "over_selection": 1.0})
+    quiet = Quiet()
+    result = go(place, quiet, data=write, faults=faults)
+    assert any(record.clients < 4 for record in without.rounds[1:])
+    assert [record.clients for record in result.rounds] == [0, 4, 4, 4, 4, 4, 4]
+    assert any(record.problems for record in result.rounds)
+    asked = [max(done for n, what, done, of in quiet.clients if (n, what) == (r, "training")) for r in range(1, 7)]
+    assert {of for _, what, _, of in quiet.clients if what == "training"} == {8}
+    # Nobody is asked any more once the round has what it wants.
+    assert asked == [4 + len(record.problems) for record in result.rounds[1:]]
 
 
 def test_updates_in_bfloat16_are_half_as_large(place: Place) -> None:

@@ -19,7 +19,7 @@ from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
 from farfield.protocols import plan as plans
-from farfield.protocols.errors import DataError
+from farfield.protocols.errors import DataError, MalformedMessage, PlanError
 from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State, pack_state, unpack_state
@@ -90,7 +90,7 @@ def start(bench: Bench) -> State:
 
 
 def task(bench: Bench, work: Train | Evaluate, round_: int = 1) -> Task:
-    return Task("run", round_, "ann", bench.plan.digest, work)
+    return Task("run", round_, "ann", bench.plan.digest, work, cohort=3)
 
 
 def perform(
@@ -187,6 +187,20 @@ def test_what_cannot_be_done_is_an_answer(bench: Bench, start: State) -> None:
             reply = perform(bench, wrong, kind)
             assert isinstance(reply.outcome, Failed)
             assert "the adapter's tensors are not those" in reply.outcome.reason
+
+
+def test_an_outcome_alone_is_what_the_reply_holds_and_what_is_impossible_an_error(bench: Bench, start: State) -> None:
+    sent = task(bench, Evaluate(pack_state(start, "float32")))
+    worker = Worker("ann", bench, data)
+    assert worker.outcome(sent) == worker.perform(sent).outcome
+    for impossible, error in (
+        (replace(sent, plan_digest="00" * 32), PlanError),
+        (replace(sent, work=Evaluate({})), MalformedMessage),
+    ):
+        with pytest.raises(error):
+            worker.outcome(impossible)
+    with pytest.raises(DataError):
+        Worker("ann", bench, refused).outcome(sent)
 
 
 def test_data_is_not_touched_for_another_plan(bench: Bench, start: State) -> None:

@@ -1,14 +1,20 @@
+import json
 import random
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from farfield.coordinator import plans
 from farfield.emulator import methods
 from farfield.protocols import plan as plan_module
 from farfield.protocols.errors import PlanError
+from farfield.protocols.plan import Plan
 
 MINIMAL = """
 [model]
@@ -48,12 +54,110 @@ def test_an_integer_where_a_number_is_meant_is_that_number() -> None:
     assert one.digest == same.digest
 
 
-def test_the_canonical_bytes_read_back_as_the_same_plan() -> None:
-    plan = plans.load(Path("examples/quickstart.toml"))
-    again = plan_module.Plan.model_validate_json(
-        plan.canonical(), context={"tuning_kinds": methods.registered(), "rules": None}
-    )
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.toml")), ids=str)
+def test_the_canonical_bytes_read_back_as_the_same_plan(path: Path) -> None:
+    plan = plans.load(path)
+    again = restored(plan.canonical())
     assert again == plan
+    assert (again.canonical(), again.digest) == (plan.canonical(), plan.digest)
+
+
+@pytest.mark.parametrize("kind", methods.registered())
+def test_the_canonical_bytes_of_every_method_read_back(kind: str) -> None:
+    plan = plans.parse(MINIMAL.replace('"lora"', f'"{kind}"'))
+    assert type(restored(plan.canonical()).tuning) is methods.registered()[kind]
+
+
+def restored(canonical: bytes) -> Plan:
+    return plan_module.restore(canonical, methods.registered(), where="run 7")
+
+
+def without(document: dict[str, Any], section: str, key: str) -> dict[str, Any]:
+    return document | {section: {name: value for name, value in document[section].items() if name != key}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: without(plan, "cohort", "over_selection"), "a Plan with other keys or defaults .* bring them to"),
+        (lambda plan: without(plan, "tuning", "rank"), "a Plan with other keys or defaults .* bring them to the same"),
+        (lambda plan: plan | {"training": plan["training"] | {"learning_rate": 1}}, "other keys or defaults"),
+        (lambda plan: plan | {"training": plan["training"] | {"rate": 1}}, "unknown key 'training.rate'"),
+        (lambda plan: plan | {"secure": {}}, "unknown key 'secure'"),
+        (
+            lambda plan: plan | {"tuning": plan["tuning"] | {"kind": "of the future"}},
+            "no tuning method 'of the future'",
+        ),
+        (lambda plan: plan | {"tuning": None}, r"tuning: 'kind' \(a string\) is missing"),
+        (lambda plan: plan | {"protection": {"kind": "secagg"}}, "'secagg' is not available in this release"),
+        (lambda plan: without(plan, "training", "rounds"), "'training.rounds' is missing"),
+        (lambda plan: [plan], "Plan = "),
+        (lambda plan: "plan", "Plan = 'plan'"),
+        (lambda plan: None, "Plan = None"),
+    ],
+)
+def test_what_is_no_plan_of_this_version_is_not_restored(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """As canonical bytes are written, so that only what they say is wrong."""
+    document = change(json.loads(plans.parse(MINIMAL).canonical()))
+    raw = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    with pytest.raises(PlanError, match=message) as caught:
+        restored(raw)
+    assert str(caught.value).startswith("run 7: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw + b"\n",
+        lambda raw: raw.replace(b":", b": ", 1),
+        lambda raw: b'{"training":{},' + raw[1:],
+        lambda raw: raw.replace(b'"rounds":3', b'"rounds":3,"rounds":3'),
+        lambda raw: json.dumps(dict(reversed(json.loads(raw).items())), separators=(",", ":")).encode(),
+        lambda raw: raw.replace(b"builtin:tiny-llama-py", b"builtin:tiny-ll\\u0061ma-py"),
+    ],
+)
+def test_other_bytes_of_the_same_meaning_are_not_restored(change: Callable[[bytes], bytes]) -> None:
+    """One Plan, one digest: what is signed and consented to is what is done."""
+    raw = change(plans.parse(MINIMAL).canonical())
+    assert json.loads(raw) == json.loads(plans.parse(MINIMAL).canonical())
+    with pytest.raises(PlanError, match="other keys or defaults"):
+        restored(raw)
+
+
+@given(st.binary(max_size=200))
+@example(b"[" * 100_000)
+@example(b"1" * 5_000)
+@example(b"\xff")
+@example(b"NaN")
+@example(b'{"model":{"backbone":"\\ud800"}}')
+@example(b'{"\\ud800":1}')
+@example(b'{"tuning":{"kind":"\\ud800"}}')
+@example(b'{"tuning":{"kind":"lora","\\ud800":1}}')
+def test_bytes_from_nowhere_are_a_plan_error(raw: bytes) -> None:
+    with pytest.raises(PlanError):
+        restored(raw)
+
+
+@given(st.data())
+def test_a_flipped_bit_is_a_plan_error_or_another_plan(data: st.DataObject) -> None:
+    plan = plans.parse(MINIMAL)
+    raw = bytearray(plan.canonical())
+    position = data.draw(st.integers(0, 8 * len(raw) - 1))
+    raw[position // 8] ^= 1 << position % 8
+    try:
+        other = restored(bytes(raw))
+    except PlanError as error:
+        assert str(error).encode()
+        return
+    assert other.canonical() == raw
+    assert other.digest != plan.digest
+
+
+def test_replies_are_sealed_unless_the_plan_says_otherwise() -> None:
+    assert plans.parse(MINIMAL).protection.kind == "sealed"
+    bare = plans.parse(MINIMAL + '[protection]\nkind = "none"\n')
+    assert bare.protection.kind == "none"
+    assert bare.digest != plans.parse(MINIMAL).digest
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -85,6 +189,13 @@ def test_a_plan_cannot_be_changed() -> None:
             ("[training]", '[aggregation]\nrule = "meen"\n[training]'),
             r"no aggregation rule 'meen'. Did you mean 'mean'",
         ),
+        (("[training]", "[cohort]\nover_selection = 0.5\n[training]"), r"cohort: 'over_selection' goes with 'size' or"),
+        (
+            ("[training]", "[cohort]\nsize = 2\nover_selection = 4.5\n[training]"),
+            r"cohort.over_selection = 4.5: .*equal",
+        ),
+        (("[training]", "[cohort]\nsize = 2\nover_selection = -0.1\n[training]"), r"cohort.over_selection = -0.1: "),
+        (("[training]", "[cohort]\nsize = 2\nover_selection = nan\n[training]"), r"cohort.over_selection = nan: "),
         (("[training]", '[protection]\nkind = "secagg"\n[training]'), r"protection.kind = 'secagg' is not available"),
         (("[training]", '[privacy]\nkind = "client"\n[training]'), r"privacy.kind = 'client' is not available"),
         (("[training]", '[delivery]\nkind = "emulator"\n[training]'), r"delivery.kind = 'emulator' is not available"),

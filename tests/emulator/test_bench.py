@@ -1,0 +1,164 @@
+"""A bench: what is trained can be read and set, and what is drawn and never sent is the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from farfield.emulator import bench as benches
+from farfield.emulator.bench import Bench
+from farfield.emulator.methods import registered
+from farfield.protocols import plan as plans
+from farfield.protocols.errors import MalformedMessage
+
+hf: Any = transformers  # whose constructors are untyped
+
+WORDS = {"<pad>": 0, "<end>": 1} | {f"w{index}": index for index in range(2, 20)}
+
+DRAWN = {"lora, A frozen": '"lora"\nfreeze_a = true', "vera": '"vera"\nrank = 4'}
+"""Methods that draw parts from the seed which they do not train."""
+
+KINDS = {kind: f'"{kind}"' for kind in registered()} | DRAWN
+
+
+def write_backbone(path: Path, seed: int) -> Path:
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(path)
+    config = hf.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("other"), seed=2)
+
+
+def bench_of(folder: Path, kind: str = "lora", *, seed: int = 0, dtype: str = "float32") -> Bench:
+    text = f"""
+        [model]
+        backbone = "anywhere"
+        dtype = "{dtype}"
+        [training]
+        rounds = 2
+        steps = 10
+        seed = {seed}
+        [tuning]
+        kind = {KINDS[kind]}
+    """
+    return Bench(plans.parse(text, registered(), None), folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_drawn_and_not_trained_has_one_digest(kind: str, folder: Path) -> None:
+    """Whatever was drawn before it: two sides draw the same, or know that they do not."""
+    torch.manual_seed(3)
+    one = bench_of(folder, kind).frozen
+    torch.rand(100)
+    assert bench_of(folder, kind).frozen == one
+    assert re.fullmatch(r"|[0-9a-f]{64}", one)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "bitfit"])
+def test_where_everything_that_was_added_is_trained_there_is_no_digest(kind: str, folder: Path) -> None:
+    assert bench_of(folder, kind).frozen == ""
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_draw_has_another_digest(kind: str, dtype: str, folder: Path, other_folder: Path) -> None:
+    here = bench_of(folder, kind, dtype=dtype)
+    assert here.frozen
+    assert bench_of(folder, kind, dtype=dtype, seed=1).frozen != here.frozen
+    assert bench_of(other_folder, kind, dtype=dtype).frozen == here.frozen, "the backbone has a digest of its own"
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_the_digest_is_of_every_added_part_that_is_not_trained_and_of_no_other(kind: str, folder: Path) -> None:
+    bench = bench_of(folder, kind)
+    added = {
+        name: tensor
+        for name, tensor in benches._tensors(bench.tuned.model).items()
+        if name not in bench.tuned.trainable() and re.search(r"\.(lora|vera)_", name)
+    }
+    assert added
+    assert benches._digest(added) == bench.frozen
+    for name, tensor in added.items():
+        changed = tensor.detach().clone()
+        changed.view(-1)[-1] += 1
+        assert benches._digest(added | {name: changed}) != bench.frozen
+        assert benches._digest(added | {name: tensor.reshape(-1)}) != bench.frozen
+        assert benches._digest({other: one for other, one in added.items() if other != name}) != bench.frozen
+
+
+def test_a_digest_sees_names_shapes_formats_and_values() -> None:
+    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    others = [
+        {"a": tensor, "b": tensor},
+        {"b": tensor},
+        {"a": tensor.reshape(3, 2)},
+        {"a": tensor.T.contiguous().T.reshape(3, 2)},
+        {"a": tensor.bfloat16()},
+        {"a": -tensor},
+        {"a": tensor.view(torch.int32)},
+    ]
+    digests = {benches._digest({"a": tensor}), *map(benches._digest, others)}
+    assert len(digests) == len(others)  # two of the others are the same
+    assert benches._digest({"a": tensor.T.contiguous().T}) == benches._digest({"a": tensor})
+    assert benches._digest({}) == ""
+
+
+def test_an_adapter_is_read_and_set(folder: Path) -> None:
+    bench = bench_of(folder)
+    generator = np.random.default_rng(0)
+    values = {name: generator.normal(size=one.shape).astype(np.float32) for name, one in bench.adapter().items()}
+    bench.load(values)
+    read = bench.adapter()
+    assert read.keys() == values.keys()
+    for name, array in values.items():
+        np.testing.assert_array_equal(read[name], array)
+        read[name] += 1
+        np.testing.assert_array_equal(bench.adapter()[name], array)  # what was read is a copy
+
+
+def test_an_adapter_is_rounded_to_the_models_number_format(folder: Path) -> None:
+    bench = bench_of(folder, dtype="bfloat16")
+    values = {name: np.full(one.shape, 1 + 2**-12, np.float32) for name, one in bench.adapter().items()}
+    bench.load(values)
+    assert all((array == 1).all() for array in bench.adapter().values())
+
+
+def test_an_adapter_of_another_shape_or_name_is_refused_whole(folder: Path) -> None:
+    bench = bench_of(folder)
+    before = bench.adapter()
+    name = min(before)
+    moved = {key: array + 1 for key, array in before.items()}
+    for wrong in (
+        {},
+        {key: array for key, array in moved.items() if key != name},
+        moved | {"more": np.zeros(1, np.float32)},
+        moved | {name: moved[name].T.copy()},
+        moved | {name: moved[name].reshape(-1)},
+    ):
+        with pytest.raises(MalformedMessage, match="the adapter's tensors are not those"):
+            bench.load(wrong)
+    after = bench.adapter()
+    assert all(np.array_equal(after[key], array) for key, array in before.items())
