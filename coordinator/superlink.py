@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ _HEADER: Final = "x-farfield-control"
 
 _APP: Final = """\
 [project]
-name = "farfield"
+name = "{name}"
 version = "{version}"
 license = {{ file = "LICENSE" }}
 dependencies = ["flwr>=1.39,<1.40"]
@@ -51,12 +51,11 @@ fab-format-version = 1
 flwr-version-target = "1.39.0"
 
 [tool.flwr.app.components]
-serverapp = "farfield.coordinator.flower:app"
-clientapp = "farfield.edge_client.flower:app"
+serverapp = "{server}"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
-home = ""
-run = ""
+{config}
 """
 
 
@@ -164,11 +163,18 @@ class SuperLink:
 
     def start_run(self, home: Path, run: str) -> int:
         """Start a ServerApp that conducts `run`; the id by which Flower knows it. Raises ServiceError."""
+        config = {"home": str(home), "run": run}
+        return self.start_app(
+            bundle("farfield", "farfield.coordinator.flower:app", "farfield.edge_client.flower:app", config), config
+        )
+
+    def start_app(self, app: bytes, config: Mapping[str, str]) -> int:
+        """Start the ServerApp of a `bundle`; the id by which Flower knows the run. Raises ServiceError."""
         from flwr.common.serde import user_config_to_proto
         from flwr.proto.control_pb2 import StartRunRequest
 
-        request = StartRunRequest(override_config=user_config_to_proto({"home": str(home), "run": run}))
-        request.fab.content = _bundle()
+        request = StartRunRequest(override_config=user_config_to_proto(dict(config)))
+        request.fab.content = app
         with self._control() as control:
             return int(control.StartRun(request).run_id)
 
@@ -261,14 +267,24 @@ class _AskSecret:
         await self._app(scope, receive, send)
 
 
-def _bundle() -> bytes:
-    """A Flower app that names modules of this installation and holds no code of its own."""
+def bundle(
+    name: str, server: str, client: str, config: Iterable[str], modules: Mapping[str, bytes] | None = None
+) -> bytes:
+    """A Flower app.
+
+    Args:
+        server, client: its objects, as MODULE:NAME.
+        config: keys of what it is started with.
+        modules: the code that it brings, by file name; without, it names modules of this installation.
+    """
     from importlib.metadata import distribution
 
     from flwr.cli.build import build_fab_from_files
 
-    text = _APP.format(version=distribution("farfield").version)
-    return build_fab_from_files({"pyproject.toml": text.encode(), "LICENSE": b"Apache-2.0\n"})[0]
+    keys = "\n".join(f'{key} = ""' for key in config)
+    text = _APP.format(name=name, version=distribution("farfield").version, server=server, client=client, config=keys)
+    files: dict[str, bytes | Path] = {"pyproject.toml": text.encode(), "LICENSE": b"Apache-2.0\n", **(modules or {})}
+    return build_fab_from_files(files)[0]
 
 
 def _end_with_parent() -> None:

@@ -41,6 +41,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     ObjectUnavailableError,
     inflate_object_from_contents,
     pull_objects,
@@ -210,6 +211,8 @@ def _explained(address: str) -> Iterator[None]:
     """Turn what gRPC says into one sentence: Unreachable if it may pass, ServiceError if not."""
     try:
         yield
+    except ObjectPullError:
+        raise ServiceError(f"the rest of a message did not come within {PATIENCE:g} s", where=address) from None
     except grpc.RpcError as error:
         code, details = error.code(), _reason(error.details())
         if code == grpc.StatusCode.UNAVAILABLE:

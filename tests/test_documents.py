@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -18,9 +19,12 @@ from typing import Any, get_args
 import click
 import pytest
 import tomli_w
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from farfield.coordinator import home as coordinator_home
 from farfield.coordinator import plans
+from farfield.edge_client import home as edge_home
 from farfield.emulator import methods
 from farfield.protocols.plan import Plan, Settings
 
@@ -75,8 +79,10 @@ def sections() -> dict[str, type[Settings]]:
     return found
 
 
-def type_text(model: type[Settings], key: str) -> str:
+def type_text(model: type[BaseModel], key: str) -> str:
     """The type of a key as the reference words it, from the JSON schema of its model."""
+    if model.model_fields[key].annotation is coordinator_home.Address:
+        return "HOST:PORT"
     return _worded(model.model_json_schema(mode="validation")["properties"][key])
 
 
@@ -84,7 +90,7 @@ def default_text(field: FieldInfo) -> str:
     """The default of a key as the reference words it: a TOML value, "required" or "unset"."""
     if field.is_required():
         return "required"
-    return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
+    return "unset" if field.default is None else f"`{json.dumps(field.default, default=str)}`"
 
 
 def _worded(schema: Mapping[str, Any]) -> str:
@@ -100,7 +106,8 @@ def _worded(schema: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return "2^63" if value == 2**63 else f"{value:g}"
+    whole = int(value)
+    return f"2^{whole.bit_length() - 1}" if whole >= 2**15 and whole & (whole - 1) == 0 else f"{value:g}"
 
 
 def tables(path: Path) -> dict[str, dict[str, tuple[str, str]]]:
@@ -135,7 +142,7 @@ def test_the_reference_lists_every_key_with_its_type_and_default() -> None:
 
 # --- Plans ----------------------------------------------------------------------------------------
 
-PLANS = [block for block in blocks() if block.info.split()[:1] == ["toml"]]
+PLANS = [block for block in blocks() if block.info in ("toml", "toml fragment")]
 NEW_METHOD = "docs/tuning-methods.md"
 """Its Plan asks for a method that is not there; the test of the worked example reads it."""
 
@@ -160,7 +167,65 @@ def test_every_example_is_a_plan(path: Path) -> None:
     plans.load(path)
 
 
+# --- settings of both sides -----------------------------------------------------------------------
+
+FEDERATION = "docs/federation.md"
+SETTINGS: dict[str, type[BaseModel]] = {"coordinator": coordinator_home.Settings, "edge-client": edge_home.Settings}
+WHOLE: dict[str, dict[str, dict[str, Any]]] = {
+    "coordinator": {"service": {"hostnames": ["fed.example.org"]}},
+    "edge-client": {
+        "coordinator": {"host": "fed.example.org", "enrolment_port": 9094, "fleet_port": 9092, "federation_port": 9093},
+        "node": {"name": "clinic-a"},
+        "data": {"path": "/srv/records"},
+    },
+}
+"""What a fragment of settings is completed with."""
+
+
+@pytest.mark.parametrize("side", SETTINGS)
+def test_the_tables_of_settings_list_every_key_with_its_type_and_default(side: str) -> None:
+    expected = {}
+    for name, section in SETTINGS[side].model_fields.items():
+        model = section.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        for key, field in model.model_fields.items():
+            expected[f"{name}.{key}"] = (type_text(model, key), default_text(field))
+    (table,) = re.findall(
+        rf"<!-- settings {side} -->\n(.*?)<!-- /settings {side} -->",
+        DOCUMENTS[FEDERATION].read_text(encoding="utf-8"),
+        re.S,
+    )
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| .+ \|$", table, re.M)
+    assert {key: (kind, default) for key, kind, default in rows} == expected
+
+
+def test_every_fragment_of_settings_is_accepted() -> None:
+    marked = [block for block in blocks() if block.info.split()[:1] == ["toml"] and block not in PLANS]
+    assert {block.info for block in marked} == {f"toml {side}" for side in SETTINGS}
+    for block in marked:
+        side = block.info.removeprefix("toml ")
+        document = {name: dict(section) for name, section in WHOLE[side].items()}
+        for name, section in tomllib.loads(block.text).items():
+            document[name] = document.get(name, {}) | section
+        SETTINGS[side].model_validate(document)
+
+
+def test_every_message_that_is_explained_can_be_said() -> None:
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("coordinator", "edge_client", "protocols")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    text = DOCUMENTS[FEDERATION].read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| it says \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
+    said = [words for row in table.splitlines() for words in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(said) > 10
+    assert [words for words in said if not all(part.strip() in code for part in words.split("…"))] == []
+
+
 # --- commands -------------------------------------------------------------------------------------
+
+APPS = ("coordinator", "edge-client")
 
 
 def shell_lines() -> Iterator[tuple[str, str]]:
@@ -184,19 +249,19 @@ def inline_code() -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
-def coordinator() -> click.Command:
+def app(name: str) -> click.Command:
     with warnings.catch_warnings():
         # typer 0.20 imports names that click 8.5 deprecates.
         warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
         import typer
 
-        from farfield.coordinator.cli import app
-    return typer.main.get_command(app)
+        module = importlib.import_module(f"farfield.{name.replace('-', '_')}.cli")
+    return typer.main.get_command(module.app)
 
 
 def command(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command of `coordinator` that the words begin with, and the words after its name."""
-    found = coordinator()
+    """The command that the words begin with, the first of which is its app, and the words after its name."""
+    found, words = app(words[0]), words[1:]
     while isinstance(found, click.Group) and words and not words[0].startswith("-"):
         assert words[0] in found.commands, f"there is no command {words[0]!r}"
         found, words = found.commands[words[0]], words[1:]
@@ -204,34 +269,51 @@ def command(words: list[str]) -> tuple[click.Command, list[str]]:
 
 
 def test_every_command_in_a_block_can_be_given() -> None:
-    checked = 0
+    checked = set()
     for where, line in shell_lines():
         words = shlex.split(line, comments=True)
-        if not words or Path(words[0]).name != "coordinator":
+        if not words or Path(words[0]).name not in APPS:
             continue
-        found, arguments = command(words[1:])
+        found, arguments = command([Path(words[0]).name, *words[1:]])
         try:
             found.make_context(str(found.name), arguments)
         except click.exceptions.Exit:  # --help
             pass
         except click.ClickException as error:
             pytest.fail(f"{where}: {line}: {error.format_message()}")
-        checked += 1
-    assert checked > 5
+        checked.add((Path(words[0]).name, found.name))
+    assert checked >= {
+        *(("coordinator", name) for name in ("init", "serve", "invite", "run", "runs", "nodes", "status", "revoke")),
+        *(("coordinator", name) for name in ("cancel", "export", "simulate", "check")),
+        *(("edge-client", name) for name in ("join", "status", "leave", "doctor")),
+    }
 
 
 def test_every_command_in_a_sentence_exists() -> None:
     for where, code in inline_code():
-        if code.startswith("coordinator "):
-            found, arguments = command(shlex.split(code)[1:])
+        name, _, rest = code.partition(" ")
+        if name not in APPS or not rest:
+            continue
+        for one in rest.split(" | "):
+            found, arguments = command([name, *shlex.split(one)])
             options = {option for parameter in found.params for option in parameter.opts} | {"--help"}
-            unknown = {one for one in arguments if one.startswith("--")} - options
+            unknown = {word for word in arguments if word.startswith("--")} - options
             assert not unknown, f"{where}: `{code}`: no option {', '.join(sorted(unknown))}"
+
+
+def test_the_readme_lists_every_command() -> None:
+    text = DOCUMENTS["README.md"].read_text(encoding="utf-8")
+    for name in APPS:
+        group = app(name)
+        assert isinstance(group, click.Group)
+        listed = re.findall(rf"\*\*`{name} ([a-z |]+)", text)
+        words = {word.strip() for line in listed for word in line.split("|")}
+        assert words == {one if one != "plan" else "plan check" for one in group.commands}
 
 
 def test_the_readme_lists_every_option_of_simulate_and_no_other() -> None:
     listed = set(re.findall(r"^\| `(--[a-z-]+)` \|", DOCUMENTS["README.md"].read_text(encoding="utf-8"), re.M))
-    options = {option for parameter in command(["simulate"])[0].params for option in parameter.opts}
+    options = {option for parameter in command(["coordinator", "simulate"])[0].params for option in parameter.opts}
     assert listed == {option for option in options if option.startswith("--")}
 
 
