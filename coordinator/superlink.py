@@ -5,38 +5,33 @@
         link.start_run(home, run)   a ServerApp in a process of its own
 
 It keeps its state in memory: the coordinator's database is the only truth, and after a crash of the SuperLink the nodes
-are registered and the runs begun anew. Its Control API knows no users, so whoever may open a socket on this machine
-could start code as the coordinator; here each call must show a secret that only the parent knows. Telemetry and the
-check for updates are off.
+are registered and the runs begun anew. Its Control and Runtime APIs know no users, so whoever may open a socket on this
+machine could start code as the coordinator; here they answer processes of the coordinator's own user only. Telemetry
+and the check for updates are off.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from farfield.protocols.errors import ServiceError
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
-_SECRET: Final = "FARFIELD_CONTROL_SECRET"  # noqa: S105 - the name of a variable
-_HEADER: Final = "x-farfield-control"
+from .neighbours import SameUser
 
 _APP: Final = """\
 [project]
@@ -88,7 +83,6 @@ class SuperLink:
             ServiceError: it ended at once, or did not answer; says where its log is.
         """
         self._settings = settings
-        self._secret = secrets.token_hex(32)
         self._log = settings.log.open("ab")
         self._process = subprocess.Popen(  # noqa: S603 - this program, with paths of its own settings
             [
@@ -196,10 +190,10 @@ class SuperLink:
 
     def _environment(self) -> dict[str, str]:
         return {
-            _SECRET: self._secret,
             "FLWR_HOME": str(self._settings.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_LOG_LEVEL": "WARNING",  # a line for every call would be 160 MB a day
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             # The SuperLink starts its helpers by name, and they belong to this environment.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -229,7 +223,7 @@ class SuperLink:
             self._settings.control,
             insecure=False,
             root_certificates=self._settings.authority.read_bytes(),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="coordinator"), _ShowSecret(self._secret)],
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="coordinator")],
         )
         try:
             yield client
@@ -239,32 +233,6 @@ class SuperLink:
             raise ServiceError(f"the SuperLink does not answer ({type(error).__name__})") from None
         finally:
             client.close()
-
-
-class _ShowSecret:
-    def __init__(self, secret: str) -> None:
-        self._secret = secret
-
-    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        context.request.headers[_HEADER] = self._secret
-        return call_next(context)
-
-
-class _AskSecret:
-    """Answers 403 to whoever calls the Control API without the secret."""
-
-    def __init__(self, app: ASGIApp, secret: str) -> None:
-        self._app = app
-        self._secret = secret.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "/control/" in scope["path"]:
-            shown = dict(scope["headers"]).get(_HEADER.encode(), b"")
-            if not secrets.compare_digest(shown, self._secret):
-                await send({"type": "http.response.start", "status": 403, "headers": []})
-                await send({"type": "http.response.body", "body": b"the Control API is for the coordinator alone"})
-                return
-        await self._app(scope, receive, send)
 
 
 def bundle(
@@ -305,8 +273,7 @@ def _main() -> None:
     from starlette.middleware import Middleware
 
     _end_with_parent()
-    secret = os.environ.pop(_SECRET)
-    extensions.get_middleware = lambda: (Middleware(_AskSecret, secret=secret),)
+    extensions.get_middleware = lambda: (Middleware(SameUser),)
     flower_superlink()
 
 

@@ -28,6 +28,7 @@ from farfield.protocols.codec import LIMITS
 from farfield.protocols.errors import HomeError, MessageTooLarge, ServiceError, TrustError, Unreachable
 from farfield.protocols.federation_pb2_grpc import FederationStub
 from farfield.protocols.identity import signer_key
+from farfield.protocols.parcel import release_freed_frames
 
 from .attendance import Attendance
 from .bundles import Cache
@@ -100,10 +101,11 @@ class Resident:
             instance,
             coordinator.target(coordinator.federation_port),
             on_notice=lambda text: self._say(f"The coordinator says: {text}"),
-            on_break=self._on_trouble,
+            on_break=self._on_break,
         )
 
     def stay(self) -> None:
+        release_freed_frames()
         before = signal.signal(signal.SIGTERM, _terminate)
         self._save()
         self._attendance.begin()
@@ -129,21 +131,23 @@ class Resident:
             try:
                 fleet = Fleet(self._fleet_address, self._authority, self._fleet_key)
             except ServiceError as error:
-                self._on_trouble(str(error))
+                self._on_break(str(error))
                 pause.wait()
                 continue
             try:
-                self._on_connected()
                 polls = _Polls()
                 while self._attendance.open.is_set():
+                    if not self._state.connected:
+                        self._on_connected()
                     if unsent is not None:
                         self._send(fleet, *unsent)
                         unsent = None
                         self._change(activity="waiting for a task")
                     pause.reset()
+                    asked = time.monotonic()
                     message = self._receive(fleet)
                     if message is None:
-                        polls.wait(self._attendance.over)
+                        polls.wait(self._attendance.over, took=time.monotonic() - asked)
                         continue
                     polls.reset()
                     began = time.monotonic()
@@ -153,7 +157,7 @@ class Resident:
                         self._on_trouble(f"a task was not done: {answer.error.reason}")
                     unsent = answer, time.monotonic() - began
             except ServiceError as error:
-                self._on_trouble(str(error))
+                self._on_break(str(error))
                 pause.wait()
             finally:
                 fleet.close()
@@ -183,14 +187,18 @@ class Resident:
             self._on_trouble(f"the coordinator no longer waits for the last answer, which is dropped ({error})")
 
     def _on_connected(self) -> None:
-        if not self._state.connected:
-            self._say(f"Connected to {self._fleet_address} as {self._home.settings.node.name}; waiting for tasks.")
+        self._say(f"Connected to {self._fleet_address} as {self._home.settings.node.name}; waiting for tasks.")
         self._change(connected=True, activity="waiting for a task", run=None, round=None)
 
     def _on_trouble(self, what: str) -> None:
+        self._say(what)
+        self._change(last_error=what)
+
+    def _on_break(self, what: str) -> None:
+        """A connection broke or cannot be made; the same again and again is said once."""
         if what != self._state.last_error or self._state.connected:
             self._say(what)
-        self._change(connected=self._attendance.open.is_set() and self._state.connected, last_error=what)
+        self._change(connected=False, last_error=what)
 
     def _on_activity(self, run: str, number: int, activity: str) -> None:
         if not activity.startswith("training, step"):
@@ -232,9 +240,10 @@ class _Polls:
     def reset(self) -> None:
         self._last = time.monotonic()
 
-    def wait(self, stop: threading.Event) -> None:
+    def wait(self, stop: threading.Event, took: float) -> None:
+        """`took`: how long the SuperLink needed to say that there is nothing; one that is slow is asked less often."""
         idle = time.monotonic() - self._last - BUSY_SECONDS
-        stop.wait(min(IDLE_POLL, max(BUSY_POLL, idle / 10)))
+        stop.wait(min(IDLE_POLL, max(BUSY_POLL, 10 * took, idle / 10)))
 
 
 def federation_channel(address: str, keys: Keys) -> grpc.Channel:
