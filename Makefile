@@ -35,13 +35,17 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
+.venv/ray: .venv/product
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	@touch $@
+
 demo: .venv/product
 	$(BIN)/coordinator simulate examples/quickstart.toml --clients 8 --compare --json runs/demo.json
 
 test: .venv/dev
 	$(BIN)/pytest --durations=5
 
-test-slow: .venv/dev
+test-slow: .venv/dev .venv/ray
 	$(BIN)/pytest -m slow --durations=5
 
 check: .venv/dev

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from farfield.protocols.errors import FarfieldError
+from farfield.protocols.errors import FarfieldError, RunError
 
 from . import administration, operation
 
@@ -25,6 +25,13 @@ plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(operation.app)
 app.add_typer(administration.app)
+
+
+class Engine(StrEnum):
+    """What a simulation runs on."""
+
+    IN_PROCESS = "in-process"
+    FLOWER = "flower"
 
 
 @app.command()
@@ -51,19 +58,39 @@ def simulate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train on the pooled data with as many steps.")
     ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="One client after another in this process, or Flower's simulation engine: several at once, on this "
+            "machine's cores and GPUs or on the Ray cluster that RAY_ADDRESS names. The result is the same."
+        ),
+    ] = Engine.IN_PROCESS,
+    client_cpus: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="With --engine flower: cores for each client at work.", show_default="1"),
+    ] = None,
+    client_gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --engine flower: GPUs for each client at work.", show_default="0"),
+    ] = None,
 ) -> None:
-    """Run a federation in this process, with the messages and the training of a real one."""
-    # oneDNN keeps the kernels it made for every shape of batch, 1,024 by default. Many clients bring many shapes, and
-    # memory would grow with them. It reads this when torch is imported, which is later.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    """Run a federation on this machine, with the messages and the training of a real one."""
+    from .simulation import Faults, bound_memory
+
+    bound_memory()
     from .console import SimulationConsole, print_result
+    from .engine import Resources
     from .runs import writing
     from .simulate import Request, simulate
-    from .simulation import Faults
 
+    resources = None
+    if engine is Engine.FLOWER:
+        resources = Resources(1.0 if client_cpus is None else client_cpus, client_gpus or 0.0)
+    elif client_cpus is not None or client_gpus is not None:
+        raise RunError("--client-cpus and --client-gpus are for Flower's engine", hint="Add --engine flower.")
     faults = None if dropout is None and stragglers is None else Faults(dropout or 0.0, stragglers or 0.0)
     console = Console()
-    request = Request(plan, clients, data, runs, resume, faults, compare)
+    request = Request(plan, clients, data, runs, resume, faults, compare, resources)
     progress = SimulationConsole(console)
     if json_file is not None:  # before the work, not after hours of it
         with writing(json_file):
@@ -73,8 +100,9 @@ def simulate(
         with progress:
             result = simulate(request, progress)
     except KeyboardInterrupt:
+        again = " --engine flower" if resources else ""
         kept = (
-            f"Finished rounds are kept; go on with: coordinator simulate {plan} --resume {progress.folder}"
+            f"Finished rounds are kept; go on with: coordinator simulate {plan} --resume {progress.folder}{again}"
             if progress.folder
             else "Nothing had begun yet; give the same command again."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -27,11 +27,11 @@ from flwr.superlink.grid import http_grid
 from farfield.emulator import methods
 from farfield.emulator.bundle import Manifest
 from farfield.protocols import codec, plan
-from farfield.protocols.envelope import Charter, ReplyDesk, Signer, sign_charter
+from farfield.protocols.envelope import Charter, Desk, Member, Signer, sign_charter
 from farfield.protocols.errors import FarfieldError, RunError, StorageError, TrustError, WireError
 from farfield.protocols.flower import body_record, from_record, to_record
 from farfield.protocols.messages import Task, Train
-from farfield.protocols.parcel import Body
+from farfield.protocols.parcel import release_freed_frames
 from farfield.protocols.plan import Plan
 
 from .conductor import Conductor, Round, Traffic
@@ -49,6 +49,12 @@ WATCH_SECONDS: Final = 1.0
 
 BATCH_BYTES: Final = 64 * 2**20
 """Replies are pulled so few at a time that they are about this large together."""
+
+TOGETHER: Final = 4
+"""Nor more than so many, for each of them waits until all are there."""
+
+CLOCK_SECONDS: Final = 600.0
+"""So much longer than its round a task may be begun: clocks differ."""
 
 SAVE_SECONDS: Final = 2.0
 """Between two attempts to save a round on a full disk."""
@@ -79,6 +85,7 @@ def main(grid: Grid, context: Context) -> None:
     if run is None or run.state is not RunState.RUNNING:
         return
     _log_to(run.folder / "run.log")
+    release_freed_frames()
     try:
         with _held(RunFolder.open(run.folder)) as folder:
             _conduct_or_say_why(grid, home, store, run, folder)
@@ -185,12 +192,12 @@ class Present:
 
     Attributes:
         fleet_id: Flower's number for it.
-        key: with which it signs.
+        member: its public keys.
         instance: the process that attends; another one knows nothing of a task that this one took.
     """
 
     fleet_id: int
-    key: Ed25519PublicKey
+    member: Member
     instance: str
 
 
@@ -238,7 +245,7 @@ class _DatabaseRoll:
 def _present(node: Node) -> Present | None:
     if node.revoked_at is not None or node.fleet_id is None or node.instance is None:
         return None
-    return Present(node.fleet_id, Ed25519PublicKey.from_public_bytes(node.signing_key), node.instance)
+    return Present(node.fleet_id, Member.of(node.signing_key, node.sealing_key), node.instance)
 
 
 class Post(Protocol):
@@ -251,11 +258,46 @@ class Post(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A task on its way: to whom, and what its reply is opened with."""
+    """A task on its way, and to whom."""
 
     task: Task
     node: Present
-    desk: ReplyDesk
+
+
+class _Puller:
+    """Takes replies off the grid in threads of its own, a few at a time.
+
+    A reply can be announced before all of it is there, and Flower then waits for the rest of it, for minutes if its
+    node died meanwhile. Neither the other replies nor the clock of the round may wait with it.
+    """
+
+    def __init__(self, grid: Post, workers: int) -> None:
+        self._grid, self._workers = grid, workers
+        self._pool = ThreadPoolExecutor(workers, "replies")
+        self._flying: dict[Future[list[Message]], list[str]] = {}
+        self._turn = 0
+
+    def arrived(self, ids: Sequence[str], size: int) -> Iterator[Message]:
+        """Replies to messages with these ids, as far as they are there; waits for a moment if none is.
+
+        Args:
+            size: about how large each is, in bytes: so few are pulled together that they fit into memory.
+        """
+        flying = {one for batch in self._flying.values() for one in batch}
+        free = [one for one in ids if one not in flying]
+        count = min(TOGETHER, max(1, BATCH_BYTES // max(size, 1)))
+        batches = [free[at : at + count] for at in range(0, len(free), count)]
+        for step in range(min(len(batches), self._workers - len(self._flying))):
+            batch = batches[(self._turn + step) % len(batches)]
+            self._flying[self._pool.submit(self._pull, batch)] = batch
+        self._turn += self._workers
+        done, _ = wait(self._flying, POLL_SECONDS, FIRST_COMPLETED)
+        for future in done:
+            del self._flying[future]
+            yield from future.result()
+
+    def _pull(self, batch: list[str]) -> list[Message]:
+        return list(self._grid.pull_messages(batch))
 
 
 class GridCarrier:
@@ -269,15 +311,17 @@ class GridCarrier:
         charter: Charter,
         signer: Signer,
         clock: Callable[[], float] = time.monotonic,
+        workers: int = 4,
     ) -> None:
         """
         Args:
             clock: gives the seconds by which rounds are timed.
+            workers: how many threads ask for replies.
         """
-        self._grid, self._roll, self._clock = grid, roll, clock
+        self._grid, self._roll, self._clock, self._puller = grid, roll, clock, _Puller(grid, workers)
         self._charter, self._signer = sign_charter(charter, signer), signer
-        self._sealed = plan.protection.kind == "sealed"
-        self._overdue: dict[str, _Asked] = {}
+        self._sealed, self._seconds = plan.protection.kind == "sealed", plan.cohort.round_seconds
+        self._overdue: dict[str, Task] = {}
 
     def now(self) -> float:
         return self._clock()
@@ -298,29 +342,34 @@ class GridCarrier:
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         self._roll.say(f"round {round_.number}: {activity}")
-        body = codec.pack_body(round_.work)
-        asked = self._push(round_, body, traffic)
+        expires = time.time() + self._seconds + CLOCK_SECONDS
+        desk = Desk(self._charter, self._signer, round_.work, expires=expires, sealed=self._sealed)
+        size = sum(map(len, desk.frames))
+        asked = self._push(round_, desk, traffic)
         watched = time.monotonic()
         while not round_.closed:
             idle = True
-            for one, message in self._arrived(asked, body.size):
+            for message in self._puller.arrived([*asked, *self._overdue], size):
                 idle = False
-                self._take(round_, one, message, traffic)
+                answered = message.metadata.reply_to_message_id
+                if one := asked.pop(answered, None):
+                    self._take(round_, desk, one, message, traffic)
+                elif late := self._overdue.pop(answered, None):
+                    self._tell_late(late, message)
             round_.tick(self.now())
             if time.monotonic() - watched >= WATCH_SECONDS:
                 watched = time.monotonic()
                 self._watch(round_, asked)
             if idle and not round_.closed:
                 time.sleep(POLL_SECONDS)
-        self._overdue |= asked
+        self._overdue |= {message_id: one.task for message_id, one in asked.items()}
         traffic.problems |= round_.problems
         for node, problem in round_.problems.items():
             log.warning("round %d, %s: %s", round_.number, node, problem)
 
-    def _push(self, round_: Round, body: Body, traffic: Traffic) -> dict[str, _Asked]:
+    def _push(self, round_: Round, desk: Desk, traffic: Traffic) -> dict[str, _Asked]:
         """Put the round's tasks on the grid; what was asked, by the id of its message."""
-        desk = ReplyDesk(self._charter, self._signer, sealed=self._sealed)
-        shared = body_record(body.frames)
+        shared = body_record(desk.frames)
         present = self._roll.present()
         kind = "train" if isinstance(round_.work, Train) else "evaluate"
         messages, waiting = [], []
@@ -329,11 +378,11 @@ class GridCarrier:
             if node is None:
                 round_.lose(task.node, "left before the round began")
                 continue
-            parcel = desk.address(task, body)
+            parcel = desk.address(task, node.member)
             traffic.down += parcel.size
             record = to_record(parcel, shared)
             messages.append(Message(record, dst_node_id=node.fleet_id, message_type=kind, group_id=str(task.round)))
-            waiting.append(_Asked(task, node, desk))
+            waiting.append(_Asked(task, node))
         asked: dict[str, _Asked] = {}
         for one, message_id in zip(waiting, self._grid.push_messages(messages), strict=True):
             if message_id:
@@ -342,21 +391,7 @@ class GridCarrier:
                 round_.lose(one.task.node, "the SuperLink did not take its task")
         return asked
 
-    def _arrived(self, asked: dict[str, _Asked], size: int) -> Iterator[tuple[_Asked, Message]]:
-        """Replies that are there, no longer in `asked`, so few at a time that they fit into memory together.
-
-        Args:
-            size: about how large each is, in bytes.
-        """
-        ids, count = list(asked), max(1, BATCH_BYTES // max(size, 1))
-        for at in range(0, len(ids), count):
-            messages = list(self._grid.pull_messages(ids[at : at + count]))
-            while messages:
-                message = messages.pop()
-                if one := asked.pop(message.metadata.reply_to_message_id, None):
-                    yield one, message
-
-    def _take(self, round_: Round, one: _Asked, message: Message, traffic: Traffic) -> None:
+    def _take(self, round_: Round, desk: Desk, one: _Asked, message: Message, traffic: Traffic) -> None:
         node = one.task.node
         if message.has_error():
             round_.lose(node, _why(message.error))
@@ -364,17 +399,17 @@ class GridCarrier:
         try:
             parcel = from_record(message.content)
             traffic.up += parcel.size
-            reply = one.desk.open(parcel, one.task, one.node.key)
+            reply = desk.open(parcel, one.task, one.node.member)
         except (TrustError, WireError) as error:
             round_.lose(node, f"its reply was not accepted: {error}")
             return
         verdict = round_.receive(reply, self.now())
         log.info("round %d, %s: reply %s", one.task.round, node, verdict.value)
         if verdict is Verdict.LATE:
-            self._tell_late(one)
+            self._tell_late(one.task, message)
 
     def _watch(self, round_: Round, asked: dict[str, _Asked]) -> None:
-        """Give up on nodes that were revoked, or whose process is not the one that took the task; hear latecomers."""
+        """Give up on nodes that were revoked, or whose process is not the one that took the task."""
         present = self._roll.present()
         for message_id, one in list(asked.items()):
             node, now = one.task.node, present.get(one.task.node)
@@ -385,12 +420,10 @@ class GridCarrier:
             else:
                 continue
             del asked[message_id]
-        for one, message in self._arrived(self._overdue, 0):
-            if not message.has_error():
-                self._tell_late(one)
 
-    def _tell_late(self, one: _Asked) -> None:
-        task = one.task
+    def _tell_late(self, task: Task, message: Message) -> None:
+        if message.has_error():
+            return
         log.info("round %d, %s: reply came late", task.round, task.node)
         self._roll.tell(
             task.node, f"run {task.run}: your answer to round {task.round} came after the round was closed; not counted"
@@ -401,8 +434,8 @@ def _why(error: Error) -> str:
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return "vanished: no sign of life for a while"
     if error.code == ErrorCode.MOD_FAILED_PRECONDITION:
-        return f"did not accept its task: {error.reason}"
-    return f"no reply: {error.reason}"
+        return f"did not accept its task: {codec.printable(error.reason or '')}"
+    return f"no reply: {codec.printable(error.reason or '')}"
 
 
 def _log_to(path: Path) -> None:

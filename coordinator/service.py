@@ -188,7 +188,7 @@ class Supervisor:
                 self._link.unregister(known)
                 del self._registered[node.name]
                 self._store.set_fleet_ids({node.name: None})
-                self._say(f"Node {node.name} is revoked: {node.revoked_because}.")
+                self._say(f"Node {node.name} is revoked{f': {node.revoked_because}' if node.revoked_because else ''}.")
 
     def _keep_runs(self) -> None:
         """Start what waits for its turn, start again what died, and stop what nobody wants any more."""
@@ -198,7 +198,8 @@ class Supervisor:
             for name, one in list(self._apps.items()):
                 self._look_at(name, one, running.get(name))
         for name, run in running.items():
-            if name not in self._apps and run.crashes < MAX_CRASHES:
+            # What still holds the folder is a ServerApp whose SuperLink died; it is about to notice, and to end.
+            if name not in self._apps and not RunFolder(run.folder).is_held:
                 self._start_run(run, "goes on")
         free = self._home.settings.runs.parallel - len(running)
         for run in self._store.runs(RunState.QUEUED)[: max(0, free)]:

@@ -13,8 +13,9 @@ from farfield.emulator import backbone
 from farfield.protocols.errors import PlanError, RunError
 from farfield.protocols.plan import Plan
 
-from . import plans
+from . import engine, plans
 from .baseline import centralised
+from .engine import Resources
 from .results import Result, conclude, save_adapter
 from .runs import RoundRecord, RunFolder, RunInfo
 from .simulation import Faults, Fleet, Observer, Simulation, sources
@@ -29,7 +30,12 @@ class Progress(Observer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for besides the Plan; `resume` is an existing run's folder, or its name below `runs`."""
+    """What the user asked for besides the Plan.
+
+    Attributes:
+        resume: an existing run's folder, or its name below `runs`.
+        flower: what each client has in Flower's simulation engine; None is the engine of this process.
+    """
 
     plan: Path
     clients: int | None = None
@@ -38,6 +44,7 @@ class Request:
     resume: str | None = None
     faults: Faults | None = None
     compare: bool = False
+    flower: Resources | None = None
 
 
 def simulate(request: Request, progress: Progress) -> Result:
@@ -47,8 +54,17 @@ def simulate(request: Request, progress: Progress) -> Result:
         FarfieldError: anything the user has to put right; what was finished stays in the run folder.
     """
     began = time.monotonic()
+    if request.flower:
+        engine.check()
     plan = plans.load(request.plan)
     folder, info = _opened(request, plan) if request.resume else (None, None)
+    faults = Faults(info.dropout, info.stragglers) if info else request.faults or Faults()
+    if request.flower and faults != Faults():
+        raise RunError(
+            "--dropout and --stragglers are for the engine of this process; Flower's has none of them",
+            where=folder.path if folder else "",
+            hint="Leave --engine flower out.",
+        )
     clients = sources(info.clients if info else request.clients, _data(request, info))
     if plan.cohort.minimum > len(clients):
         raise PlanError(
@@ -68,7 +84,6 @@ def simulate(request: Request, progress: Progress) -> Result:
     fleet = Fleet(plan, bench, clients)
     fleet.check(progress)
     if folder is None or info is None:
-        faults = request.faults or Faults()
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
         data = str(request.data.absolute()) if request.data else None
         info = RunInfo(
@@ -78,7 +93,10 @@ def simulate(request: Request, progress: Progress) -> Result:
     with folder.held():
         done = folder.records()
         progress.on_start(folder.path, info, done, plan.training.rounds)
-        last = Simulation(plan, folder, fleet, Faults(info.dropout, info.stragglers), progress).go(initial)
+        if request.flower:
+            last = engine.go(plan, folder, fleet, request.flower, progress, initial)
+        else:
+            last = Simulation(plan, folder, fleet, faults, progress).go(initial)
         save_adapter(folder, bench, last)
         yardstick = None
         if request.compare:

@@ -7,18 +7,22 @@ is kept, so memory does not grow with the number of clients.
 
 from __future__ import annotations
 
+import hmac
+import os
 import random
+import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from farfield.protocols import codec
-from farfield.protocols.envelope import Charter, ReplyDesk, Signer, close_reply, open_task, sign_charter
-from farfield.protocols.errors import DataError, PlanError, WireError
+from farfield.protocols.envelope import Charter, Desk, Identity, Signer, close_reply, open_task, sign_charter
+from farfield.protocols.errors import DataError, PlanError, TrustError, WireError
 from farfield.protocols.messages import Failed, Participant, Reply, Task
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
@@ -37,6 +41,14 @@ CACHED_BYTES = 32_000_000
 
 EXAMPLE_BYTES = 130
 """What an example takes besides its tokens of 4 bytes each."""
+
+
+def bound_memory() -> None:
+    """Keep the memory that torch takes from growing with the number of clients. To be called before it is imported.
+
+    oneDNN keeps the kernels that it made for every shape of batch, 1,024 by default; many clients bring many shapes.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +163,71 @@ class Fleet:
         return data.prepare(read, self._bench.tokenizer, plan.data, plan.model.task, seed, where)
 
 
+def identity(secret: bytes, client: str) -> Identity:
+    """The keys of a simulated client, known wherever the run's secret is."""
+    return Identity(
+        Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"signing" + client.encode(), "sha256")),
+        X25519PrivateKey.from_private_bytes(hmac.digest(secret, b"sealing" + client.encode(), "sha256")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedParticipant:
+    """One simulated client as its coordinator meets it: takes a task's parcel, and gives the parcel of the reply.
+
+    Attributes:
+        coordinator: the key that must have signed the task.
+        sealed: whether anything is to be sealed.
+    """
+
+    name: str
+    fleet: Fleet
+    identity: Identity
+    coordinator: Ed25519PublicKey
+    sealed: bool
+
+    def answer(self, parcel: Parcel) -> Parcel:
+        """The reply to the task in `parcel`, whose frames are used up.
+
+        Raises:
+            TrustError, WireError: the task is not one that the coordinator made for this client.
+        """
+        key = self.identity.sealing
+        opened = open_task(parcel, self.name, lambda _: self.coordinator, key, time.time(), sealed=self.sealed)
+        if opened.charter.frozen != self.fleet.frozen:
+            raise TrustError(
+                "this process draws other frozen adapter weights than the coordinator",
+                hint="The machines run different versions of torch or peft.",
+            )
+        return close_reply(self.fleet.client(self.name).perform(opened.task), opened, self.identity.signing)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderJournal:
+    """Keeps finished rounds in the run folder, and tells the observer."""
+
+    folder: RunFolder
+    observer: Observer
+
+    def resume(self) -> Checkpoint | None:
+        return self.folder.resume()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.folder.save(checkpoint)
+        self.observer.on_round(checkpoint.record)
+
+
 class Simulation:
-    """Carries tasks to simulated clients and their replies back, in this process, and keeps what the rounds did."""
+    """Carries tasks to simulated clients and their replies back, in this process."""
 
     def __init__(self, plan: Plan, folder: RunFolder, fleet: Fleet, faults: Faults, observer: Observer) -> None:
-        self._plan, self._folder, self._fleet, self._faults, self._observer = plan, folder, fleet, faults, observer
+        self._plan, self._fleet, self._faults, self._observer = plan, fleet, faults, observer
         self._run = folder.info.run
+        self._journal = FolderJournal(folder, observer)
         self._sealed = plan.protection.kind == "sealed"
         self._signer = Signer(Ed25519PrivateKey.generate())
         self._charter = sign_charter(Charter(self._run, plan.canonical(), "", 0, fleet.frozen), self._signer)
-        self._keys = {name: Ed25519PrivateKey.generate() for name in fleet.names}
+        self._secret = secrets.token_bytes(32)
 
     def go(self, initial: State) -> Checkpoint:
         """Do the rounds that are left, and return the last checkpoint.
@@ -171,14 +238,7 @@ class Simulation:
         Raises:
             PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
-        return Conductor(self._plan, self._run, carrier=self, journal=self).go(initial)
-
-    def resume(self) -> Checkpoint | None:
-        return self._folder.resume()
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        self._folder.save(checkpoint)
-        self._observer.on_round(checkpoint.record)
+        return Conductor(self._plan, self._run, carrier=self, journal=self._journal).go(initial)
 
     def now(self) -> float:
         return 0.0
@@ -188,14 +248,14 @@ class Simulation:
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         """Carry every task to its client and every reply back; stragglers answer when the round is over."""
-        desk = ReplyDesk(self._charter, self._signer, sealed=self._sealed)
-        body = codec.pack_body(round_.work)
+        expires = time.time() + self._plan.cohort.round_seconds
+        desk = Desk(self._charter, self._signer, round_.work, expires=expires, sealed=self._sealed)
         tasks = list(round_.tasks())
         late: list[tuple[Parcel, Task]] = []
         for done, task in enumerate(tasks, 1):
             if round_.closed:
                 break
-            parcel = desk.address(task, body)
+            parcel = desk.address(task, identity(self._secret, task.node).member)
             traffic.down += parcel.size
             if activity == "training" and self._happens("dropout", self._faults.dropout, task):
                 round_.lose(task.node, "dropped out (simulated)")
@@ -210,14 +270,13 @@ class Simulation:
             round_.receive(self._exchange(parcel, task, desk, traffic), now=over)
         traffic.problems |= round_.problems
 
-    def _exchange(self, parcel: Parcel, task: Task, desk: ReplyDesk, traffic: Traffic) -> Reply:
+    def _exchange(self, parcel: Parcel, task: Task, desk: Desk, traffic: Traffic) -> Reply:
         """The client's reply to the task, both as the bytes that would travel."""
-        key = self._keys[task.node]
-        opened = open_task(parcel, task.node, lambda _: self._signer.key.public_key(), sealed=self._sealed)
-        answer = close_reply(self._fleet.client(task.node).perform(opened.task), opened, key)
+        own, coordinator = identity(self._secret, task.node), self._signer.key.public_key()
+        answer = SimulatedParticipant(task.node, self._fleet, own, coordinator, self._sealed).answer(parcel)
         traffic.up += answer.size
         try:
-            return desk.open(answer, task, key.public_key())
+            return desk.open(answer, task, own.member)
         except WireError as error:
             return Reply.to(task, Failed(f"sent a reply that cannot be read: {error}"))
 

@@ -20,7 +20,7 @@ from .pause import Pause
 
 _FINAL: Final = {
     grpc.StatusCode.ALREADY_EXISTS: "Stop one of the two; if you do not know the other one, tell the coordinator.",
-    grpc.StatusCode.PERMISSION_DENIED: "`edge-client leave` cleans up here; with a new invitation this machine may join again.",
+    grpc.StatusCode.PERMISSION_DENIED: "With a new invitation it may join again, after `edge-client leave --force`.",
     grpc.StatusCode.UNAUTHENTICATED: "`edge-client doctor` looks for the cause.",
 }
 

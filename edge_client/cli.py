@@ -332,7 +332,7 @@ def _check_keys(home: Home) -> str:
     keys, now = home.keys(), datetime.now(UTC)
     certificate = keys.node_certificate()
     keys.fleet_key()
-    keys.signing_key()
+    keys.identity()
     name, authority = home.settings.node.name, keys.authority_certificate()
     try:
         enrol.check_certificate(

@@ -49,12 +49,12 @@ class Consent(Section):
         Field(strict=False, description="Backbones that are allowed, by the digest of their bundle; [] allows any."),
     ] = ()
     protections: Annotated[
-        tuple[Literal["sealed", "secagg", "none"], ...],
+        tuple[Literal["sealed", "secagg"], ...],
         Field(
             strict=False,
             min_length=1,
             description='How an update must be protected on its way. With "sealed" the coordinator alone can read it, '
-            'with "secagg" nobody can, only the sum. "none" lets everyone read it who carries it.',
+            'with "secagg" nobody can, only the sum. Unprotected it never leaves.',
         ),
     ] = ("sealed", "secagg")
     min_cohort: Annotated[

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -241,6 +242,7 @@ class _PrivateKeys:
     tls: ec.EllipticCurvePrivateKey
     fleet: ec.EllipticCurvePrivateKey
     signing: Ed25519PrivateKey
+    sealing: X25519PrivateKey
 
     def __repr__(self) -> str:
         return "_PrivateKeys(…)"
@@ -251,6 +253,7 @@ class _PrivateKeys:
             ec.generate_private_key(ec.SECP256R1()),
             ec.generate_private_key(ec.SECP384R1()),
             Ed25519PrivateKey.generate(),
+            X25519PrivateKey.generate(),
         )
 
     def request(self, secret: bytes, name: str) -> pb.EnrolRequest:
@@ -260,13 +263,15 @@ class _PrivateKeys:
         csr = signing_request.public_bytes(Encoding.DER)
         fleet_key = self.fleet.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         signing_key = self.signing.public_key().public_bytes_raw()
-        parts = identity.enrolment_parts(secret, name, csr, fleet_key, signing_key)
+        sealing_key = self.sealing.public_key().public_bytes_raw()
+        parts = identity.enrolment_parts(secret, name, csr, fleet_key, signing_key, sealing_key)
         return pb.EnrolRequest(
             secret=secret,
             node=name,
             signing_request=csr,
             fleet_key=fleet_key,
             signing_key=signing_key,
+            sealing_key=sealing_key,
             proof=identity.sign(self.signing, identity.ENROLMENT, *parts),
         )
 
@@ -277,6 +282,7 @@ class _PrivateKeys:
             tls=_private_pem(self.tls),
             fleet=_private_pem(self.fleet),
             signing=_private_pem(self.signing),
+            sealing=_private_pem(self.sealing),
         )
 
 

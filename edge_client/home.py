@@ -2,7 +2,7 @@
 
     HOME/
         edge-client.toml     settings and consent; the owner edits it, and every start reads it anew
-        keys/                ca.pem  tls.key tls.pem  fleet.key  signing.key      (folder 0700, files 0600)
+        keys/                ca.pem  tls.key tls.pem  fleet.key  signing.key  sealing.key   (folder 0700, files 0600)
         cache/               bundles by digest
         state.json           what the resident process last did
         resident.lock        held by the one process that works here
@@ -32,10 +32,12 @@ from typing import Annotated, Any, Final, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from farfield.protocols import plan as plans
+from farfield.protocols.envelope import Identity
 from farfield.protocols.errors import DataError, HomeError, PlanError, did_you_mean
 from farfield.protocols.identity import NAME
 
@@ -217,6 +219,7 @@ class Keys:
         tls: private key, ECDSA P-256, of the TLS connections.
         fleet: private key, ECDSA P-384, that the SuperLink knows.
         signing: private key, Ed25519, that signs replies.
+        sealing: private key, X25519, that opens what is sealed to this node.
     """
 
     authority: bytes
@@ -224,6 +227,7 @@ class Keys:
     tls: bytes = field(repr=False)
     fleet: bytes = field(repr=False)
     signing: bytes = field(repr=False)
+    sealing: bytes = field(repr=False)
 
     def authority_certificate(self) -> x509.Certificate:
         return _certificate(self.authority, "ca.pem")
@@ -243,9 +247,20 @@ class Keys:
             raise _damaged("signing.key", "not an Ed25519 key")
         return key
 
+    def sealing_key(self) -> X25519PrivateKey:
+        key = _private(self.sealing, "sealing.key")
+        if not isinstance(key, X25519PrivateKey):
+            raise _damaged("sealing.key", "not an X25519 key")
+        return key
+
+    def identity(self) -> Identity:
+        """With which this node answers tasks."""
+        return Identity(self.signing_key(), self.sealing_key())
+
 
 _FILES: Final = {
     "authority": "ca.pem", "certificate": "tls.pem", "tls": "tls.key", "fleet": "fleet.key", "signing": "signing.key",
+    "sealing": "sealing.key",
 }  # fmt: skip
 
 
@@ -365,6 +380,11 @@ class Home:
             return State(**{one.name: times.get(one.name, found[one.name]) for one in fields(State)})
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def save_certificate(self, certificate: bytes) -> None:
+        """Replace this node's certificate (PEM). Raises HomeError when the disk refuses."""
+        with _disk(self.path):
+            _write(self.path / KEYS / _FILES["certificate"], certificate)
 
     def save_state(self, state: State) -> None:
         """Replace `state.json`. Raises HomeError when the disk refuses."""

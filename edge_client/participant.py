@@ -12,6 +12,7 @@ Data is opened in the fourth step and not before.
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from farfield.emulator import methods
 from farfield.protocols import plan as plans
 from farfield.protocols.codec import Limits
-from farfield.protocols.envelope import Charter, Opened, close_reply, open_task
+from farfield.protocols.envelope import Charter, Identity, Opened, close_reply, open_task
 from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
 from farfield.protocols.messages import Failed, Outcome, Refused, Reply, Train
 from farfield.protocols.parcel import Parcel
@@ -49,7 +50,7 @@ class Participant:
     def __init__(
         self,
         node: str,
-        key: Ed25519PrivateKey,
+        identity: Identity,
         trusted: Callable[[bytes], Ed25519PublicKey],
         consent: Consent,
         source: Path | Part,
@@ -58,12 +59,12 @@ class Participant:
     ) -> None:
         """
         Args:
-            key: signs replies.
+            identity: opens tasks and signs replies.
             trusted: the key in a signer's certificate (DER); raises TrustError for one that is not to be trusted.
             fetch: the folder of the backbone whose bundle has this digest.
             report: is told the run, the round, and what is being done about it.
         """
-        self._node, self._key, self._trusted, self._consent = node, key, trusted, consent
+        self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
         self._source, self._fetch, self._report = source, fetch, report
         self._limits = Limits(message_bytes=consent.max_message_bytes or Limits().message_bytes)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
@@ -80,13 +81,14 @@ class Participant:
             TrustError, WireError: the task is not one that the coordinator made for this node, so it gets no reply.
         """
         size = parcel.size
-        opened = open_task(parcel, self._node, self._trusted, self._limits)
+        key = self._identity.sealing
+        opened = open_task(parcel, self._node, self._trusted, key, time.time(), self._limits)
         if opened.nonce in self._seen:
             raise TrustError(f"round {opened.task.round} of run {opened.task.run!r} was here before: a replay")
         self._seen[opened.nonce] = None
         while len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
-        return close_reply(Reply.to(opened.task, self._outcome(opened, size)), opened, self._key)
+        return close_reply(Reply.to(opened.task, self._outcome(opened, size)), opened, self._identity.signing)
 
     def _outcome(self, opened: Opened, size: int) -> Outcome:
         task, charter = opened.task, opened.charter
@@ -107,14 +109,12 @@ class Participant:
             return Failed(f"it failed unexpectedly ({type(error).__name__}); its own log says more")
 
     def _consents(self, plan: Plan, opened: Opened, size: int) -> None:
-        """Raises ConsentError where the owner's limits forbid the task, or the task contradicts its Plan."""
+        """Raises ConsentError where the owner's limits forbid the task."""
         charter = opened.charter
         request = Request(
             opened.task.run, plan, charter.backbone, charter.backbone_bytes or None, opened.task.cohort, size
         )
         check(self._consent, request, datetime.now())
-        if bool(opened.seal_to) != (plan.protection.kind == "sealed"):
-            raise ConsentError(f"the Plan says protection {plan.protection.kind!r}, and the task does not")
 
     def _at_bench(self, plan: Plan, charter: Charter, number: int) -> Bench:
         """The bench for this charter: the one that is there, or a new one in its place."""

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -36,11 +36,15 @@ from .fleet import Fleet
 from .home import Home, Keys, State
 from .participant import Participant
 from .pause import Pause
+from .renewal import renew
 
 BUSY_POLL, IDLE_POLL, BUSY_SECONDS = 0.05, 2.0, 60.0
 """Seconds between two questions for a task: `BUSY_POLL` for `BUSY_SECONDS` after the last task, then slower by and by,
 up to `IDLE_POLL`.
 """
+
+LOOK_AGAIN: Final = timedelta(hours=6)
+"""How often the certificate is looked at."""
 
 _SAVE_SECONDS: Final = 1.0
 """state.json is written at most so often while the activity merely goes on."""
@@ -71,7 +75,8 @@ class Resident:
         self._home, self._console = home, console
         self._fleet_address = coordinator.target(coordinator.fleet_port)
         self._authority, self._fleet_key = keys.authority, keys.fleet_key()
-        self._channel = federation_channel(coordinator.target(coordinator.federation_port), keys)
+        self._federation_address = coordinator.target(coordinator.federation_port)
+        self._channel = federation_channel(self._federation_address, keys)
         self._cache = Cache(home.cache, home.settings.cache.max_bytes, self._say)
         authority = keys.authority_certificate()
 
@@ -84,7 +89,7 @@ class Resident:
 
         self.participant = Participant(
             home.settings.node.name,
-            keys.signing_key(),
+            keys.identity(),
             trusted,
             home.settings.consent,
             home.settings.data.source,
@@ -95,11 +100,15 @@ class Resident:
         instance = secrets.token_hex(8)
         self._state = State(os.getpid(), instance, False, now, None, None, "connecting", None, now)
         self._saved = 0.0
+        self._look_next = now
         self._lock = threading.Lock()
-        self._attendance = Attendance(
+        self._attendance = self._new_attendance()
+
+    def _new_attendance(self) -> Attendance:
+        return Attendance(
             FederationStub(self._channel),
-            instance,
-            coordinator.target(coordinator.federation_port),
+            self._state.instance,
+            self._federation_address,
             on_notice=lambda text: self._say(f"The coordinator says: {text}"),
             on_break=self._on_break,
         )
@@ -124,7 +133,7 @@ class Resident:
         from .flower import make_app
 
         app = make_app(lambda _: self.participant)
-        pause = Pause(self._attendance.over)
+        pause = Pause(threading.Event())
         unsent: tuple[Message, float] | None = None
         while True:
             self._attend()
@@ -136,7 +145,7 @@ class Resident:
                 continue
             try:
                 polls = _Polls()
-                while self._attendance.open.is_set():
+                while self._attendance.open.is_set() and not self._renewed():
                     if not self._state.connected:
                         self._on_connected()
                     if unsent is not None:
@@ -161,6 +170,26 @@ class Resident:
                 pause.wait()
             finally:
                 fleet.close()
+
+    def _renewed(self) -> bool:
+        """Whether there is a new certificate, so that the connections were begun anew; looks for it now and then."""
+        now = datetime.now(UTC)
+        if now < self._look_next:
+            return False
+        self._look_next = now + LOOK_AGAIN
+        try:
+            if not renew(self._home, self._channel, now):
+                return False
+        except (ServiceError, TrustError, HomeError) as error:
+            self._on_trouble(str(error))
+            return False
+        self._say("The certificate was renewed.")
+        self._attendance.end()
+        self._channel.close()
+        self._channel = federation_channel(self._federation_address, self._home.keys())
+        self._attendance = self._new_attendance()
+        self._attendance.begin()
+        return True
 
     def _attend(self) -> None:
         """Wait until the coordinator holds the attendance. Raises TrustError when that is over for good."""

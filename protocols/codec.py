@@ -125,9 +125,9 @@ def decode_reply(parcel: Parcel, limits: Limits = LIMITS) -> Reply:
             measured = message.evaluated
             outcome = Evaluated(measured.examples, measured.targets, _finite(measured.loss), measured.correct)
         case "failed":
-            outcome = Failed(_text(message.failed.reason, limits))
+            outcome = Failed(printable(_text(message.failed.reason, limits)))
         case "refused":
-            outcome = Refused(_text(message.refused.reason, limits))
+            outcome = Refused(printable(_text(message.refused.reason, limits)))
         case _:
             raise MalformedMessage("a reply without outcome")
     if body:
@@ -145,8 +145,7 @@ def _values(state: Mapping[str, Tensor]) -> Iterable[Buffer]:
 
 
 def _opened(message: Any, parcel: Parcel, limits: Limits) -> tuple[Any, memoryview]:
-    if parcel.size > limits.message_bytes:
-        raise MessageTooLarge(f"a message of {parcel.size} bytes", hint=f"The limit is {limits.message_bytes}.")
+    parcel.check(limits.message_bytes)
     return parse(message, parcel.head, limits), join(parcel.frames)
 
 
@@ -211,6 +210,11 @@ def _state(parts: Any, body: memoryview, limits: Limits) -> dict[str, Tensor]:
     if at != len(body):
         raise MalformedMessage(f"the tensors take {at} bytes, and the body has {len(body)}")
     return state
+
+
+def printable(text: str) -> str:
+    """`text` with whatever could steer a terminal replaced: it comes from another machine, and people will read it."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def _text(value: str, limits: Limits) -> str:

@@ -1,15 +1,17 @@
-"""Envelopes: what makes a task worth believing and a reply unreadable.
+"""Envelopes: what makes a task worth believing, and task and reply unreadable on the way.
 
     coordinator                                             client
     charter = Charter(…);  signed once for the run
-    desk = ReplyDesk(charter)      an X25519 key for this round
-    parcel = address(task, …)   ───────────────────────▶    opened = open_task(parcel, …)
+    desk = Desk(charter, …)        keys for this round
+    parcel = desk.address(task, member) ───────────────▶    opened = open_task(parcel, …)
                                                             reply = worker.perform(opened.task)
     reply = desk.open(parcel, …)   ◀───────────────────     parcel = close_reply(reply, opened, …)
 
-A task is signed with the coordinator's key together with the charter of its run, a nonce and the key to seal to. A
-reply is sealed to that key in the context (run, round, node, Plan, nonce) and signed by its node, so it can be neither
-read by whoever carries it, nor counted anywhere else, nor made by another node. See docs/security.md.
+A task is signed with the coordinator's key, together with the charter of its run, a nonce, a time after which it is
+worth nothing, and the key to seal to. Its body, the adapter, is the same for all nodes of a round, so it is locked
+once, and the key to it is sealed to each node. A reply is sealed to the round's key in the context (run, round, node,
+Plan, nonce) and signed by its node, so it can be neither read by whoever carries it, nor counted anywhere else, nor
+made by another node. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from . import codec, identity, sealing
 from . import messages_pb2 as pb
 from .codec import LIMITS, WIRE_VERSION, Limits
-from .errors import MalformedMessage, MessageTooLarge, TrustError
-from .messages import Reply, Task
-from .parcel import Body, Parcel
+from .errors import MalformedMessage, TrustError
+from .messages import Evaluate, Reply, Task, Train
+from .parcel import Parcel
 
 NONCE_BYTES: Final = 16
 
 _CHARTER, _TASK, _REPLY = "charter", "task", "reply"
+_BODY_CONTEXT: Final = identity.statement("body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,34 @@ class Signer:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A node's public keys: it signs with the first, and opens what is sealed to the second (X25519, 32 bytes)."""
+
+    signing: Ed25519PublicKey
+    sealing: bytes
+
+    @classmethod
+    def of(cls, signing: bytes, sealing: bytes) -> Member:
+        """From the raw keys, 32 bytes each."""
+        return cls(Ed25519PublicKey.from_public_bytes(signing), sealing)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A node's private keys, those of its `Member`."""
+
+    signing: Ed25519PrivateKey
+    sealing: X25519PrivateKey
+
+    def __repr__(self) -> str:
+        return "Identity(…)"
+
+    @property
+    def member(self) -> Member:
+        return Member(self.signing.public_key(), self.sealing.public_key().public_bytes_raw())
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A task that was verified: what is asked, under which charter, and how to answer."""
 
@@ -91,32 +122,54 @@ def sign_charter(charter: Charter, signer: Signer) -> pb.SignedCharter:
     return pb.SignedCharter(charter=raw, signer=signer.certificate, signature=signature)
 
 
-class ReplyDesk:
+class Desk:
     """The coordinator's side of one round: addresses its tasks, and opens the replies to them.
 
-    The key that replies are sealed to is made here and kept in memory only; with the desk it is gone.
+    The keys of the round are made here and kept in memory only; with the desk they are gone, and no recording of the
+    replies can be opened any more.
+
+    Attributes:
+        frames: the body of every task of the round, as it travels.
     """
 
-    def __init__(self, charter: pb.SignedCharter, signer: Signer, *, sealed: bool) -> None:
-        self._charter = charter
-        self._signer = signer
+    def __init__(
+        self, charter: pb.SignedCharter, signer: Signer, work: Train | Evaluate, *, expires: float, sealed: bool
+    ) -> None:
+        """
+        Args:
+            expires: seconds since 1970, after which no node is to begin with a task of this round.
+            sealed: whether anything is sealed at all. Only a simulation may say no.
+        """
+        self._charter, self._signer, self._expires = charter, signer, int(expires)
+        self._body = codec.pack_body(work)
         self._private = X25519PrivateKey.generate() if sealed else None
+        self._body_key = secrets.token_bytes(sealing.KEY_BYTES)
+        locked = sealing.lock(self._body.frames or (b"",), self._body_key, _BODY_CONTEXT)
+        self.frames = tuple(locked) if sealed else self._body.frames
         self._nonces: dict[str, bytes] = {}
 
-    def address(self, task: Task, body: Body) -> Parcel:
-        """The signed task, ready to travel. A second task to the same node in a round replaces the first."""
-        parcel = codec.encode_task(task, body)
-        nonce = self._nonces[task.node] = secrets.token_bytes(NONCE_BYTES)
-        seal_to = self._private.public_key().public_bytes_raw() if self._private else b""
-        signature = identity.sign(self._signer.key, _TASK, self._charter.charter, parcel.head, nonce, seal_to)
-        head = pb.SignedTask(charter=self._charter, task=parcel.head, nonce=nonce, seal_to=seal_to, signature=signature)
-        return Parcel(head.SerializeToString(deterministic=True), parcel.frames)
+    def address(self, task: Task, member: Member) -> Parcel:
+        """The signed task, ready to travel. A second task to the same node in a round replaces the first.
 
-    def open(self, parcel: Parcel, task: Task, key: Ed25519PublicKey, limits: Limits = LIMITS) -> Reply:
+        Raises:
+            TrustError: the member's key is none that anything can be sealed to.
+        """
+        head = codec.encode_task(task, self._body).head
+        nonce = self._nonces[task.node] = secrets.token_bytes(NONCE_BYTES)
+        signed = pb.SignedTask(version=WIRE_VERSION, charter=self._charter, task=head, nonce=nonce)
+        signed.expires = self._expires
+        if self._private is not None:
+            signed.seal_to = self._private.public_key().public_bytes_raw()
+            context = _key_context(signed)
+            signed.ephemeral, (signed.body_key,) = sealing.seal([self._body_key], member.sealing, context)
+        signed.signature = identity.sign(self._signer.key, _TASK, *_signed_parts(signed))
+        return Parcel(signed.SerializeToString(deterministic=True), list(self.frames))
+
+    def open(self, parcel: Parcel, task: Task, member: Member, limits: Limits = LIMITS) -> Reply:
         """The reply to `task` in `parcel`, whose frames are used up.
 
         Args:
-            key: with which the task's node signs.
+            member: the task's node.
 
         Raises:
             TrustError: sealed for another round, run, node or task, altered, or signed by somebody else.
@@ -124,17 +177,19 @@ class ReplyDesk:
         """
         if self._private is None:
             return _answering(task, codec.decode_reply(parcel, limits))
-        if parcel.size > limits.message_bytes:
-            raise MessageTooLarge(f"a message of {parcel.size} bytes", hint=f"The limit is {limits.message_bytes}.")
+        parcel.check(limits.message_bytes)
         sealed = codec.parse(pb.SealedReply(), parcel.head, limits)
-        context = _context(task, self._nonces[task.node])
-        if _stated(sealed) != context:
+        nonce = self._nonces[task.node]
+        stated = (sealed.run, sealed.round, sealed.node, sealed.plan_digest.hex(), sealed.nonce)
+        if stated != (task.run, task.round, task.node, task.plan_digest, nonce):
             raise TrustError(
                 f"a reply to another task: of {sealed.node[:64]!r} to round {sealed.round} of run {sealed.run[:64]!r}",
                 where=f"round {task.round} of run {task.run!r}, waiting for {task.node!r}",
             )
+        context = _context(task, nonce)
         recipient = self._private.public_key().public_bytes_raw()
-        identity.verify(key, sealed.signature, _REPLY, context, recipient, sealed.ephemeral, _digest(parcel.frames))
+        signed = (context, recipient, sealed.ephemeral, _digest(parcel.frames))
+        identity.verify(member.signing, sealed.signature, _REPLY, *signed)
         frames = sealing.unseal(_consumed(parcel.frames), sealed.ephemeral, self._private, context)
         head = next(frames, None)
         if head is None:
@@ -146,6 +201,8 @@ def open_task(
     parcel: Parcel,
     node: str,
     trusted: Callable[[bytes], Ed25519PublicKey],
+    key: X25519PrivateKey,
+    now: float,
     limits: Limits = LIMITS,
     *,
     sealed: bool = True,
@@ -154,27 +211,41 @@ def open_task(
 
     Args:
         trusted: gives the key in a signer's certificate (DER); raises TrustError when it is not to be trusted.
-        sealed: whether replies are to be sealed. Only a simulation may say no.
+        key: opens what is sealed to this node.
+        now: seconds since 1970.
+        sealed: whether anything is to be sealed. Only a simulation may say no.
 
     Raises:
-        TrustError: unsigned, altered, for another node, for another run or Plan than its charter is, or without a key
-            to seal to (with one, where nothing is to be sealed).
+        TrustError: unsigned, altered, expired, for another node, for another run or Plan than its charter is, or
+            without keys (with them, where nothing is to be sealed).
         WireError: no task.
     """
+    parcel.check(limits.message_bytes)
     signed = codec.parse(pb.SignedTask(), parcel.head, limits)
-    key = trusted(signed.charter.signer)
-    identity.verify(key, signed.charter.signature, _CHARTER, signed.charter.charter)
-    identity.verify(key, signed.signature, _TASK, signed.charter.charter, signed.task, signed.nonce, signed.seal_to)
+    coordinator = trusted(signed.charter.signer)
+    identity.verify(coordinator, signed.charter.signature, _CHARTER, signed.charter.charter)
+    identity.verify(coordinator, signed.signature, _TASK, *_signed_parts(signed))
     charter = _charter(signed.charter.charter, limits)
-    task = codec.decode_task(Parcel(signed.task, parcel.frames), limits)
-    if task.node != node:
-        raise TrustError(f"a task for {task.node!r}, and this is {node!r}")
-    if (task.run, task.plan_digest) != (charter.run, charter.plan_digest):
-        raise TrustError(f"the task of run {task.run!r} came with the charter of another run or Plan")
     if len(signed.nonce) != NONCE_BYTES:
         raise MalformedMessage(f"a nonce of {len(signed.nonce)} bytes")
+    if now > signed.expires:
+        raise TrustError(
+            f"a task of run {charter.run!r} that expired {now - signed.expires:.0f} s ago",
+            hint="It was held up or is a replay, or one of the two clocks is wrong.",
+        )
     if bool(signed.seal_to) != sealed:
-        raise TrustError(f"a task whose reply is {'not ' if sealed else ''}to be sealed", where=f"run {task.run!r}")
+        raise TrustError(f"a task whose reply is {'not ' if sealed else ''}to be sealed", where=f"run {charter.run!r}")
+    frames = parcel.frames
+    if sealed:
+        (body_key,) = sealing.unseal([signed.body_key], signed.ephemeral, key, _key_context(signed))
+        if len(body_key) != sealing.KEY_BYTES:
+            raise MalformedMessage(f"a body key of {len(body_key)} bytes")
+        frames = list(sealing.unlock(_consumed(frames), body_key, _BODY_CONTEXT))
+    task = codec.decode_task(Parcel(signed.task, frames), limits)
+    if task.node != node:
+        raise TrustError(f"a task for {task.node[:64]!r}, and this is {node!r}")
+    if (task.run, task.plan_digest) != (charter.run, charter.plan_digest):
+        raise TrustError(f"the task of run {task.run[:64]!r} came with the charter of another run or Plan")
     return Opened(task, charter, signed.nonce, signed.seal_to)
 
 
@@ -217,19 +288,23 @@ def _charter(raw: bytes, limits: Limits) -> Charter:
     return Charter(charter.run, charter.plan, charter.backbone.hex(), charter.backbone_bytes, charter.frozen.hex())
 
 
+def _signed_parts(signed: pb.SignedTask) -> list[bytes]:
+    """What the coordinator's signature on a task covers: all of it, and the charter that it comes with."""
+    expires = signed.expires.to_bytes(8, "big")
+    return [
+        signed.charter.charter, signed.task, signed.nonce, expires, signed.seal_to, signed.ephemeral, signed.body_key
+    ]  # fmt: skip
+
+
+def _key_context(signed: pb.SignedTask) -> bytes:
+    """What the key to the body is bound to: this task, and so this node."""
+    return identity.statement("body key", signed.task, signed.nonce)
+
+
 def _context(task: Task, nonce: bytes) -> bytes:
     """What a reply is bound to."""
-    return _bound(task.run, task.round, task.node, bytes.fromhex(task.plan_digest), nonce)
-
-
-def _stated(sealed: pb.SealedReply) -> bytes:
-    return _bound(sealed.run, sealed.round, sealed.node, sealed.plan_digest, sealed.nonce)
-
-
-def _bound(run: str, number: int, node: str, plan_digest: bytes, nonce: bytes) -> bytes:
-    return pb.SealedReply(
-        version=WIRE_VERSION, run=run, round=number, node=node, plan_digest=plan_digest, nonce=nonce
-    ).SerializeToString(deterministic=True)
+    plan = bytes.fromhex(task.plan_digest)
+    return identity.statement(_REPLY, task.run.encode(), task.round.to_bytes(4, "big"), task.node.encode(), plan, nonce)
 
 
 def _digest(frames: list[bytes]) -> bytes:

@@ -29,6 +29,7 @@ class EnrolRequest(_message.Message):
     SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
     FLEET_KEY_FIELD_NUMBER: _builtins.int
     SIGNING_KEY_FIELD_NUMBER: _builtins.int
+    SEALING_KEY_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     secret: _builtins.bytes
     """of the invitation's token"""
@@ -40,6 +41,8 @@ class EnrolRequest(_message.Message):
     """NIST P-384, OpenSSH format: authenticates the node at the SuperLink"""
     signing_key: _builtins.bytes
     """Ed25519, 32 bytes: signs replies"""
+    sealing_key: _builtins.bytes
+    """X25519, 32 bytes: what is sent to this node alone is sealed to it"""
     proof: _builtins.bytes
     """signature of signing_key over all the above (identity.py)"""
     def __init__(
@@ -50,11 +53,12 @@ class EnrolRequest(_message.Message):
         signing_request: _builtins.bytes = ...,
         fleet_key: _builtins.bytes = ...,
         signing_key: _builtins.bytes = ...,
+        sealing_key: _builtins.bytes = ...,
         proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet_key", b"fleet_key", "node", b"node", "proof", b"proof", "secret", b"secret", "signing_key", b"signing_key", "signing_request", b"signing_request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet_key", b"fleet_key", "node", b"node", "proof", b"proof", "sealing_key", b"sealing_key", "secret", b"secret", "signing_key", b"signing_key", "signing_request", b"signing_request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -155,6 +159,46 @@ class LeaveReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaveReply: _TypeAlias = LeaveReply  # noqa: Y015
+
+@_typing.final
+class RenewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
+    signing_request: _builtins.bytes
+    """PKCS #10, DER"""
+    def __init__(
+        self,
+        *,
+        signing_request: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signing_request", b"signing_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewRequest: _TypeAlias = RenewRequest  # noqa: Y015
+
+@_typing.final
+class RenewReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """PEM"""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewReply: _TypeAlias = RenewReply  # noqa: Y015
 
 @_typing.final
 class DescribeBundleRequest(_message.Message):

@@ -120,6 +120,11 @@ class FederationStub:
                 request_serializer=farfield_dot_protocols_dot_federation__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=farfield_dot_protocols_dot_federation__pb2.LeaveReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/farfield.federation.v1.Federation/Renew',
+                request_serializer=farfield_dot_protocols_dot_federation__pb2.RenewRequest.SerializeToString,
+                response_deserializer=farfield_dot_protocols_dot_federation__pb2.RenewReply.FromString,
+                _registered_method=True)
         self.DescribeBundle = channel.unary_unary(
                 '/farfield.federation.v1.Federation/DescribeBundle',
                 request_serializer=farfield_dot_protocols_dot_federation__pb2.DescribeBundleRequest.SerializeToString,
@@ -150,6 +155,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """A new certificate for the caller, in time before the old one ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeBundle(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -174,6 +186,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=farfield_dot_protocols_dot_federation__pb2.LeaveRequest.FromString,
                     response_serializer=farfield_dot_protocols_dot_federation__pb2.LeaveReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=farfield_dot_protocols_dot_federation__pb2.RenewRequest.FromString,
+                    response_serializer=farfield_dot_protocols_dot_federation__pb2.RenewReply.SerializeToString,
             ),
             'DescribeBundle': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeBundle,
@@ -241,6 +258,33 @@ class Federation:
             '/farfield.federation.v1.Federation/Leave',
             farfield_dot_protocols_dot_federation__pb2.LeaveRequest.SerializeToString,
             farfield_dot_protocols_dot_federation__pb2.LeaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farfield.federation.v1.Federation/Renew',
+            farfield_dot_protocols_dot_federation__pb2.RenewRequest.SerializeToString,
+            farfield_dot_protocols_dot_federation__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

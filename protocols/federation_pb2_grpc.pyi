@@ -67,6 +67,8 @@ class FederationStub:
     """One stream for each resident process, open as long as it lives. A second process with the same identity is refused."""
     Leave: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]
     """Withdraws the caller: its certificate and keys are worth nothing from now on."""
+    Renew: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.RenewReply]
+    """A new certificate for the caller, in time before the old one ends."""
     DescribeBundle: _grpc.UnaryUnaryMultiCallable[_federation_pb2.DescribeBundleRequest, _federation_pb2.BundleDescription]
     FetchChunks: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchChunksRequest, _federation_pb2.Chunk]
 
@@ -79,6 +81,8 @@ class FederationAsyncStub(FederationStub):
     """One stream for each resident process, open as long as it lives. A second process with the same identity is refused."""
     Leave: _aio.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]  # type: ignore[assignment]
     """Withdraws the caller: its certificate and keys are worth nothing from now on."""
+    Renew: _aio.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.RenewReply]  # type: ignore[assignment]
+    """A new certificate for the caller, in time before the old one ends."""
     DescribeBundle: _aio.UnaryUnaryMultiCallable[_federation_pb2.DescribeBundleRequest, _federation_pb2.BundleDescription]  # type: ignore[assignment]
     FetchChunks: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchChunksRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
 
@@ -100,6 +104,14 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.LeaveReply, _abc.Awaitable[_federation_pb2.LeaveReply]]:
         """Withdraws the caller: its certificate and keys are worth nothing from now on."""
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _federation_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.RenewReply, _abc.Awaitable[_federation_pb2.RenewReply]]:
+        """A new certificate for the caller, in time before the old one ends."""
 
     @_abc_1.abstractmethod
     def DescribeBundle(

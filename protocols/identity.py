@@ -89,15 +89,21 @@ def fingerprint(certificate: x509.Certificate) -> bytes:
     return certificate.fingerprint(hashes.SHA256())
 
 
+def statement(domain: str, *parts: bytes) -> bytes:
+    """Domain and parts, each with its length in front, so that no two lists of parts give the same bytes."""
+    pieces = [f"farfield {domain}".encode(), *parts]
+    return b"".join(len(piece).to_bytes(8, "big") + piece for piece in pieces)
+
+
 def sign(key: Ed25519PrivateKey, domain: str, *parts: bytes) -> bytes:
     """Signature, 64 bytes, over `parts` as a statement of kind `domain`."""
-    return key.sign(_statement(domain, parts))
+    return key.sign(statement(domain, *parts))
 
 
 def verify(key: Ed25519PublicKey, signature: bytes, domain: str, *parts: bytes) -> None:
     """Raises TrustError unless `signature` was made by `key` over the same parts in the same domain."""
     try:
-        key.verify(signature, _statement(domain, parts))
+        key.verify(signature, statement(domain, *parts))
     except InvalidSignature:
         raise TrustError(f"the signature on this {domain} does not hold") from None
 
@@ -132,18 +138,14 @@ def signer_key(signer: x509.Certificate, authority: x509.Certificate, now: datet
     return key
 
 
-def enrolment_parts(secret: bytes, node: str, request: bytes, fleet_key: bytes, signing_key: bytes) -> list[bytes]:
+def enrolment_parts(
+    secret: bytes, node: str, request: bytes, fleet_key: bytes, signing_key: bytes, sealing_key: bytes
+) -> list[bytes]:
     """What a node signs when it enrols (domain `ENROLMENT`), to show that it holds the signing key."""
-    return [secret, node.encode(), request, fleet_key, signing_key]
+    return [secret, node.encode(), request, fleet_key, signing_key, sealing_key]
 
 
 ENROLMENT: Final = "enrolment"
-
-
-def _statement(domain: str, parts: tuple[bytes, ...]) -> bytes:
-    """Domain and parts, each with its length in front, so that no two lists of parts give the same bytes."""
-    pieces = [f"farfield {domain}".encode(), *parts]
-    return b"".join(len(piece).to_bytes(8, "big") + piece for piece in pieces)
 
 
 def _checksum(raw: bytes) -> bytes:

@@ -372,35 +372,51 @@ Global___SignedCharter: _TypeAlias = SignedCharter  # noqa: Y015
 
 @_typing.final
 class SignedTask(_message.Message):
-    """The head of a task's parcel."""
+    """The head of a task's parcel. The body is the same for all nodes of a round: where replies are sealed it is locked with
+    a key that is drawn for the round, and `body_key` is that key, sealed to the node.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    VERSION_FIELD_NUMBER: _builtins.int
     CHARTER_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    EXPIRES_FIELD_NUMBER: _builtins.int
     SEAL_TO_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
+    BODY_KEY_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
     task: _builtins.bytes
     nonce: _builtins.bytes
     """drawn for each task; its reply repeats it"""
+    expires: _builtins.int
+    """seconds since 1970; afterwards nobody is to begin with it"""
     seal_to: _builtins.bytes
-    """X25519 public key that lives as long as the round; empty where replies are not sealed"""
+    """X25519 public key that lives as long as the round; empty where nothing is sealed"""
+    ephemeral: _builtins.bytes
+    """X25519 public key of this task; empty where nothing is sealed"""
+    body_key: _builtins.bytes
     signature: _builtins.bytes
     @_builtins.property
     def charter(self) -> Global___SignedCharter: ...
     def __init__(
         self,
         *,
+        version: _builtins.int = ...,
         charter: Global___SignedCharter | None = ...,
         task: _builtins.bytes = ...,
         nonce: _builtins.bytes = ...,
+        expires: _builtins.int = ...,
         seal_to: _builtins.bytes = ...,
+        ephemeral: _builtins.bytes = ...,
+        body_key: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charter", b"charter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charter", b"charter", "nonce", b"nonce", "seal_to", b"seal_to", "signature", b"signature", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_key", b"body_key", "charter", b"charter", "ephemeral", b"ephemeral", "expires", b"expires", "nonce", b"nonce", "seal_to", b"seal_to", "signature", b"signature", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,9 +16,14 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from .errors import MessageTooLarge
+
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 FRAME_BYTES: Final = 4 * 2**20
+
+OVERHEAD_BYTES: Final = 16
+"""By how much a sealed frame may be longer."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class Parcel:
     @property
     def size(self) -> int:
         return len(self.head) + sum(map(len, self.frames))
+
+    def check(self, most: int) -> None:
+        """Raises MessageTooLarge when it is larger than `most` bytes, or has a frame that no sender would make."""
+        if self.size > most:
+            raise MessageTooLarge(f"a message of {self.size} bytes", hint=f"The limit is {most}.")
+        longest = max(map(len, self.frames), default=0)
+        if longest > FRAME_BYTES + OVERHEAD_BYTES:
+            raise MessageTooLarge(f"a frame of {longest} bytes", hint=f"They have at most {FRAME_BYTES}.")
 
 
 def cut(pieces: Iterable[Buffer]) -> Iterator[bytes]:

@@ -1,12 +1,12 @@
-"""Sealing: a body that one private key can open, and only in the context that it was sealed for.
+"""Sealing: what one private key can open, and only in the context that it was sealed for.
 
     K = HKDF-SHA256(X25519(ephemeral, recipient), salt = ephemeral ‖ recipient, info = context)
     frame i = AES-256-GCM(K, nonce = i ‖ last, frame i, associated data = context)
 
-Each reply has an ephemeral key of its own, so K is used once, and nonces may count from zero. The frames form the
-STREAM construction of Hoang, Reyhanitabar, Rogaway and Vizár (CRYPTO 2015): the position and a flag on the last one are
-part of the nonce, so frames can be neither reordered nor left out nor cut off. The recipient's key lives as long as a
-round; when it is dropped, no recording of the traffic can be opened any more.
+`seal` draws an ephemeral key for each message, and `lock` takes a key that is drawn for one; so K is used once, and
+nonces may count from zero. The frames form the STREAM construction of Hoang, Reyhanitabar, Rogaway and Vizár (CRYPTO
+2015): the position and a flag on the last one are part of the nonce, so frames can be neither reordered nor left out
+nor cut off.
 """
 
 from __future__ import annotations
@@ -26,35 +26,25 @@ TAG_BYTES: Final = 16
 KEY_BYTES: Final = 32
 
 
-def seal(frames: Iterable[bytes], recipient: bytes, context: bytes) -> tuple[bytes, Iterator[bytes]]:
-    """The ephemeral public key, and the sealed frames (each `TAG_BYTES` longer), made one by one.
+def lock(frames: Iterable[bytes], key: bytes, context: bytes) -> Iterator[bytes]:
+    """The frames, each `TAG_BYTES` longer, made one by one.
 
     Args:
         frames: at least one; of none, nothing could tell that they had been cut off.
-        recipient: X25519 public key, 32 bytes.
+        key: 32 random bytes, never used for anything else.
+    """
+    cipher = AESGCM(key)
+    for index, frame, last in _numbered(frames):
+        yield cipher.encrypt(_nonce(index, last), frame, context)
+
+
+def unlock(frames: Iterable[bytes], key: bytes, context: bytes) -> Iterator[bytes]:
+    """The frames that were locked, one by one. Nothing may be done with them before the last one has come.
 
     Raises:
-        TrustError: `recipient` is no key.
+        TrustError: locked in another context or with another key, altered, reordered, cut short or missing.
     """
-    ephemeral = X25519PrivateKey.generate()
-    public = ephemeral.public_key().public_bytes_raw()
-    cipher = _cipher(ephemeral, recipient, public + recipient, context)
-
-    def sealed() -> Iterator[bytes]:
-        for index, frame, last in _numbered(frames):
-            yield cipher.encrypt(_nonce(index, last), frame, context)
-
-    return public, sealed()
-
-
-def unseal(frames: Iterable[bytes], ephemeral: bytes, private: X25519PrivateKey, context: bytes) -> Iterator[bytes]:
-    """The frames that were sealed, one by one. Nothing may be done with them before the last one has come.
-
-    Raises:
-        TrustError: sealed for another context or another key, altered, reordered, cut short or missing.
-    """
-    recipient = private.public_key().public_bytes_raw()
-    cipher = _cipher(private, ephemeral, ephemeral + recipient, context)
+    cipher = AESGCM(key)
     index = None
     for index, frame, last in _numbered(frames):
         try:
@@ -65,12 +55,32 @@ def unseal(frames: Iterable[bytes], ephemeral: bytes, private: X25519PrivateKey,
         raise TrustError("nothing is sealed here: all frames are missing")
 
 
-def _cipher(private: X25519PrivateKey, public: bytes, salt: bytes, context: bytes) -> AESGCM:
+def seal(frames: Iterable[bytes], recipient: bytes, context: bytes) -> tuple[bytes, Iterator[bytes]]:
+    """The ephemeral public key, and the frames as `lock` makes them.
+
+    Args:
+        recipient: X25519 public key, 32 bytes.
+
+    Raises:
+        TrustError: `recipient` is no key.
+    """
+    ephemeral = X25519PrivateKey.generate()
+    public = ephemeral.public_key().public_bytes_raw()
+    return public, lock(frames, _shared(ephemeral, recipient, public + recipient, context), context)
+
+
+def unseal(frames: Iterable[bytes], ephemeral: bytes, private: X25519PrivateKey, context: bytes) -> Iterator[bytes]:
+    """The frames that were sealed, as `unlock` gives them. Raises TrustError as it does."""
+    recipient = private.public_key().public_bytes_raw()
+    return unlock(frames, _shared(private, ephemeral, ephemeral + recipient, context), context)
+
+
+def _shared(private: X25519PrivateKey, public: bytes, salt: bytes, context: bytes) -> bytes:
     try:
         shared = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:  # not 32 bytes, or a point of small order
         raise TrustError("not a key that anything can be sealed with") from None
-    return AESGCM(HKDF(hashes.SHA256(), KEY_BYTES, salt, context).derive(shared))
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt, context).derive(shared)
 
 
 def _nonce(index: int, last: bool) -> bytes:

@@ -26,7 +26,8 @@ class Node:
         name: chosen at enrolment, unique for ever (`farfield.protocols.identity.NAME`).
         fleet_key: public key for the SuperLink, an OpenSSH line.
         signing_key: raw Ed25519 public key, 32 bytes.
-        certificate: serial number of its TLS certificate, in hexadecimal.
+        sealing_key: raw X25519 public key, 32 bytes.
+        certificate: serial number of its newest TLS certificate, in hexadecimal.
         fleet_id: the SuperLink's number for it, while that SuperLink lives.
         instance: random id of the process that attends now; None when none does.
         address: where it attends from, or last did.
@@ -36,6 +37,7 @@ class Node:
     name: str
     fleet_key: bytes
     signing_key: bytes
+    sealing_key: bytes
     certificate: str
     enrolled_at: datetime
     revoked_at: datetime | None = None

@@ -141,6 +141,12 @@ class Store:
             still = update(nodes).where(nodes.c.name == name, nodes.c.revoked_at.is_(None))
             db.execute(still.values(revoked_at=now, revoked_because=because))
 
+    def renewed(self, name: str, certificate: str) -> None:
+        """Note the serial number of a node's new certificate. Raises StorageError for a node that is not known."""
+        with self._database.writing() as db:
+            self._check_known(db, nodes, name)
+            db.execute(nodes.update().where(nodes.c.name == name).values(certificate=certificate))
+
     def set_fleet_ids(self, ids: Mapping[str, int | None]) -> None:
         """Remember what the SuperLink calls these nodes; None for one that it does not know."""
         with self._database.writing() as db:

@@ -94,6 +94,7 @@ nodes = Table(
     Column("name", String(64), primary_key=True),
     Column("fleet_key", LargeBinary, nullable=False, unique=True),
     Column("signing_key", LargeBinary(32), nullable=False, unique=True),
+    Column("sealing_key", LargeBinary(32), nullable=False),
     Column("certificate", String(40), nullable=False, unique=True),
     Column("enrolled_at", Moment, nullable=False),
     Column("revoked_at", Moment),

@@ -77,7 +77,7 @@ def test_a_federation_of_processes_comes_to_what_its_simulation_comes_to(place: 
         assert real["train_loss"] == pytest.approx(copy["train_loss"], rel=1e-4)
         assert real["eval_loss"] == pytest.approx(copy["eval_loss"], rel=1e-4)
     for number in range(1, 4):
-        ours, theirs = (RunFolder.open(Path(str(one["folder"]))).load(number).adapter for one in (run, simulated))
+        ours, theirs = (RunFolder.open(place / one["folder"]).load(number).adapter for one in (run, simulated))
         assert set(ours) == set(theirs)
         for name, array in ours.items():  # replies are added in the order in which they come, so the last bits differ
             np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-6, err_msg=name)

@@ -28,7 +28,7 @@ def plan(toy: Path, rounds: int, steps: int, minimum: int, seconds: float = 300.
     cohort = {"minimum": minimum, "round_seconds": seconds}
     file.write_text(
         plan_text(
-            training={"rounds": rounds, "steps": steps, "optimizer": "sgd", "learning_rate": 0.05}, cohort=cohort
+            training={"rounds": rounds, "steps": steps, "optimizer": "sgd", "learning_rate": 0.01}, cohort=cohort
         ),
         encoding="utf-8",
     )

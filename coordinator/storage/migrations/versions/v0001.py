@@ -15,6 +15,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(64), nullable=False),
         sa.Column("fleet_key", sa.LargeBinary, nullable=False),
         sa.Column("signing_key", sa.LargeBinary(32), nullable=False),
+        sa.Column("sealing_key", sa.LargeBinary(32), nullable=False),
         sa.Column("certificate", sa.String(40), nullable=False),
         sa.Column("enrolled_at", MOMENT, nullable=False),
         sa.Column("revoked_at", MOMENT),
