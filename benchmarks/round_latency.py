@@ -49,7 +49,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from farfield.edge_client.flower import make_app
 from farfield.edge_client.home import Home as ClientHome
-from farfield.protocols.envelope import Charter, close_reply, open_task
+from farfield.protocols.envelope import Charter, Member, close_reply, open_task
 from farfield.protocols.errors import FarfieldError, ServiceError
 from farfield.protocols.identity import Token, signer_key
 from farfield.protocols.messages import Reply, Train, Trained
@@ -89,16 +89,16 @@ class Echo:
 
     def __init__(self, home: ClientHome) -> None:
         keys = home.keys()
-        self._node, self._key = home.settings.node.name, keys.signing_key()
+        self._node, self._identity = home.settings.node.name, keys.identity()
         self._authority = keys.authority_certificate()
         with (home.path / "processes").open("a", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
 
     def answer(self, parcel: Parcel) -> Parcel:
-        opened = open_task(parcel, self._node, self._trusted)
+        opened = open_task(parcel, self._node, self._trusted, self._identity.sealing, time.time())
         assert isinstance(opened.task.work, Train)
         outcome = Trained(opened.task.work.adapter, examples=1, targets=1, steps=1, loss=1.0)
-        return close_reply(Reply.to(opened.task, outcome), opened, self._key)
+        return close_reply(Reply.to(opened.task, outcome), opened, self._identity.signing)
 
     def _trusted(self, signer: bytes) -> Ed25519PublicKey:
         return signer_key(x509.load_der_x509_certificate(signer), self._authority, datetime.now(UTC))
@@ -187,7 +187,7 @@ class _Roll:
         from farfield.coordinator.flower import Present
 
         return {
-            node.name: Present(node.fleet_id, Ed25519PublicKey.from_public_bytes(node.signing_key), "")
+            node.name: Present(node.fleet_id, Member.of(node.signing_key, node.sealing_key), "")
             for node in self._store.nodes()
             if node.fleet_id is not None
         }

@@ -143,10 +143,10 @@ class Federation(FederationServicer):
         try:
             await self._presence.seen(session)
             told = loop.time()
-            yield wire.Notice()
+            yield wire.Notice(time=self._now().timestamp())
             while session.why is None:
                 for text in await asyncio.to_thread(self._news, peer):
-                    yield wire.Notice(text=text)
+                    yield wire.Notice(text=text, time=self._now().timestamp())
                 if loop.time() - told > _SEEN_SECONDS:
                     await self._presence.seen(session)
                     told = loop.time()

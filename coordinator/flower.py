@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -179,9 +179,8 @@ class _Journal:
                 break
             except (RunError, StorageError) as error:
                 log.error("round %d is not saved yet: %s", record.round, error)
-                with suppress(StorageError):
-                    self._roll.say(f"round {record.round} cannot be saved, trying again: {error}")
-                    self._roll.present()
+                self._roll.say(f"round {record.round} cannot be saved, trying again: {error}")
+                self._roll.present()
                 time.sleep(SAVE_SECONDS)
         log.info("round %d: %d updates, held-out loss %s", record.round, record.clients, record.eval_loss)
 
@@ -224,22 +223,38 @@ class _DatabaseRoll:
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
+        self._last: Mapping[str, Present] = {}
 
     def present(self) -> Mapping[str, Present]:
-        run = self._store.run(self._run)
-        if run is None or run.state is not RunState.RUNNING:
-            raise Cancelled
-        return {node.name: found for node in self._store.nodes() if (found := _present(node))}
+        with _bearing():
+            run = self._store.run(self._run)
+            if run is None or run.state is not RunState.RUNNING:
+                raise Cancelled
+            self._last = {node.name: found for node in self._store.nodes() if (found := _present(node))}
+        return self._last
 
     def revoked(self, node: str) -> bool:
-        found = self._store.node(node)
-        return found is None or found.revoked_at is not None
+        with _bearing():
+            found = self._store.node(node)
+            return found is None or found.revoked_at is not None
+        return False
 
     def say(self, detail: str) -> None:
-        self._store.say(self._run, detail)
+        with _bearing():
+            self._store.say(self._run, detail)
 
     def tell(self, node: str, text: str) -> None:
-        self._store.notify(node, text, datetime.now(UTC))
+        with _bearing():
+            self._store.notify(node, text, datetime.now(UTC))
+
+
+@contextmanager
+def _bearing() -> Iterator[None]:
+    """A database on a full disk must not end a round; what has to be written waits for room (`_Journal.save`)."""
+    try:
+        yield
+    except StorageError as error:
+        log.error("%s", error)
 
 
 def _present(node: Node) -> Present | None:
@@ -432,7 +447,7 @@ class GridCarrier:
 
 def _why(error: Error) -> str:
     if error.code == ErrorCode.NODE_UNAVAILABLE:
-        return "vanished: no sign of life for a while"
+        return "went away before it answered"
     if error.code == ErrorCode.MOD_FAILED_PRECONDITION:
         return f"did not accept its task: {codec.printable(error.reason or '')}"
     return f"no reply: {codec.printable(error.reason or '')}"

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 Endpoint: TypeAlias = tuple[str, int]
 
 _TABLES: Final = {4: Path("/proc/net/tcp"), 6: Path("/proc/net/tcp6")}
+_ESTABLISHED: Final = "01"
 
 
 def owner(peer: Endpoint, own: Endpoint) -> int | None:
-    """The user id of the process on this machine whose socket is `peer`, connected to `own`; None if there is none."""
-    wanted = f"{_hexadecimal(peer)} {_hexadecimal(own)} "
+    """The user id of the process on this machine whose socket is `peer`, connected to `own`; None if there is none.
+
+    A socket that was closed has none any more: the kernel then gives it to user 0, who is root.
+    """
+    wanted = f" {_hexadecimal(peer)} {_hexadecimal(own)} {_ESTABLISHED} "
     table = _TABLES[ipaddress.ip_address(peer[0]).version]
     try:
         with table.open(encoding="ascii") as lines:

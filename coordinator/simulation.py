@@ -11,7 +11,6 @@ import hmac
 import os
 import random
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,8 +191,8 @@ class SimulatedParticipant:
         Raises:
             TrustError, WireError: the task is not one that the coordinator made for this client.
         """
-        key = self.identity.sealing
-        opened = open_task(parcel, self.name, lambda _: self.coordinator, key, time.time(), sealed=self.sealed)
+        key, now = self.identity.sealing, 0.0  # a simulation's clock stands still, so no task of its expires
+        opened = open_task(parcel, self.name, lambda _: self.coordinator, key, now, sealed=self.sealed)
         if opened.charter.frozen != self.fleet.frozen:
             raise TrustError(
                 "this process draws other frozen adapter weights than the coordinator",
@@ -248,8 +247,8 @@ class Simulation:
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         """Carry every task to its client and every reply back; stragglers answer when the round is over."""
-        expires = time.time() + self._plan.cohort.round_seconds
-        desk = Desk(self._charter, self._signer, round_.work, expires=expires, sealed=self._sealed)
+        over = self._plan.cohort.round_seconds
+        desk = Desk(self._charter, self._signer, round_.work, expires=over, sealed=self._sealed)
         tasks = list(round_.tasks())
         late: list[tuple[Parcel, Task]] = []
         for done, task in enumerate(tasks, 1):
@@ -264,7 +263,6 @@ class Simulation:
             else:
                 round_.receive(self._exchange(parcel, task, desk, traffic), now=0.0)
             self._observer.on_client(task.round, activity, done, len(tasks))
-        over = self._plan.cohort.round_seconds
         round_.tick(over)
         for parcel, task in late:
             round_.receive(self._exchange(parcel, task, desk, traffic), now=over)

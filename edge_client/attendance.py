@@ -7,6 +7,7 @@ process attends with the same identity.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ class Attendance:
     Attributes:
         open: set while the coordinator holds the stream.
         over: set when an end was final; `reason` then says why.
+        ahead: how many seconds the coordinator's clock is ahead of this machine's.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Attendance:
         self._on_notice, self._on_break = on_notice, on_break
         self.open, self.over = threading.Event(), threading.Event()
         self.reason: TrustError | None = None
+        self.ahead = 0.0
         self._ending = threading.Event()
         self._stream: Any = None
         self._thread = threading.Thread(target=self._attend, name="attendance", daemon=True)
@@ -70,6 +73,7 @@ class Attendance:
                 self._stream = self._federation.Attend(pb.AttendRequest(instance=self._instance))
                 for notice in self._stream:
                     pause.reset()
+                    self.ahead = notice.time - time.time()
                     self.open.set()
                     if notice.text:
                         self._on_notice(notice.text)

@@ -14,14 +14,15 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+from flwr.common.constant import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -48,7 +49,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from farfield.protocols.errors import MessageTooLarge, ServiceError, Unreachable
 
@@ -80,23 +81,38 @@ class Fleet:
     is then to be closed and made anew.
     """
 
-    def __init__(self, address: str, authority: bytes, key: EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self,
+        address: str,
+        authority: bytes,
+        key: EllipticCurvePrivateKey,
+        before: int | None = None,
+        ahead: float = 0.0,
+    ) -> None:
         """Connect and activate the node.
 
         Args:
             address: HOST:PORT.
             authority: the pinned certificate, PEM; nothing else is trusted.
             key: authenticates the node.
+            before: the node's `id` in an earlier connection, which may have ended without a goodbye. The SuperLink
+                would refuse the node until it has missed that one long enough.
+            ahead: how many seconds the coordinator's clock is ahead of this one. Flower signs and dates by the clock,
+                and takes nothing that is five seconds ahead of it.
         """
         channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), _OPTIONS)
         self._channel = grpc.intercept_channel(
             channel,
             RuntimeVersionClientInterceptor(component_name="SuperNode"),
-            NodeAuthClientInterceptor(key, key.public_key()),
+            _Authentication(key, ahead),
         )
+        self._ahead = ahead
         self._stub: Any = FleetStub(self._channel)
         self._silent = threading.Event()
         try:
+            if before is not None:
+                with suppress(grpc.RpcError):
+                    self._stub.DeactivateNode(DeactivateNodeRequest(node_id=before), timeout=DEADLINE)
             with _explained(address):
                 request = ActivateNodeRequest(
                     public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_SECONDS
@@ -107,6 +123,11 @@ class Fleet:
             raise
         self._address = address
         threading.Thread(target=self._beat, name="fleet-heartbeat", daemon=True).start()
+
+    @property
+    def id(self) -> int:
+        """By which Flower knows this node."""
+        return int(self._node.node_id)
 
     def receive(self, limit: int) -> Message | None:
         """The next message for this node with its content, or None when there is none now.
@@ -141,6 +162,8 @@ class Fleet:
     def send(self, reply: Message, seconds: float) -> None:
         """Send the reply, which took `seconds` to make."""
         with _explained(self._address), no_object_id_recompute():
+            reply.metadata.created_at += self._ahead
+            reply.metadata.ttl -= self._ahead
             reply.metadata.__dict__["_message_id"] = reply.object_id
             run = reply.metadata.run_id
             objects = get_all_nested_objects(reply)
@@ -204,6 +227,23 @@ class Fleet:
                 self._stub.SendNodeHeartbeat(request, timeout=DEADLINE)
             except grpc.RpcError:
                 self._silent.wait(1.0)
+
+
+class _Authentication(grpc.UnaryUnaryClientInterceptor):
+    """Shows with each call who calls, as Flower's own interceptor does, by the coordinator's clock."""
+
+    def __init__(self, key: EllipticCurvePrivateKey, ahead: float) -> None:
+        self._key, self._public, self._ahead = key, public_key_to_bytes(key.public_key()), ahead
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        moment = (datetime.now(UTC) + timedelta(seconds=self._ahead)).isoformat()
+        shown = [
+            *(client_call_details.metadata or []),
+            (PUBLIC_KEY_HEADER, self._public),
+            (TIMESTAMP_HEADER, moment),
+            (SIGNATURE_HEADER, sign_message(self._key, moment.encode("ascii"))),
+        ]
+        return continuation(client_call_details._replace(metadata=shown), request)
 
 
 @contextmanager

@@ -273,6 +273,7 @@ class State:
         since: when `connected` became what it is.
         run, round, activity: what it works on; None and "" when it waits.
         last_error: the last thing that went wrong, for a person.
+        fleet_id: by which the SuperLink knows the last connection, if there was one.
     """
 
     pid: int
@@ -284,6 +285,7 @@ class State:
     activity: str
     last_error: str | None
     updated: datetime
+    fleet_id: int | None = None
 
 
 class Home:

@@ -56,6 +56,7 @@ class Participant:
         source: Path | Part,
         fetch: Callable[[str], Path],
         report: Callable[[str, int, str], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
@@ -63,9 +64,10 @@ class Participant:
             trusted: the key in a signer's certificate (DER); raises TrustError for one that is not to be trusted.
             fetch: the folder of the backbone whose bundle has this digest.
             report: is told the run, the round, and what is being done about it.
+            clock: seconds since 1970, by the coordinator's clock.
         """
         self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
-        self._source, self._fetch, self._report = source, fetch, report
+        self._source, self._fetch, self._report, self._clock = source, fetch, report, clock
         self._limits = Limits(message_bytes=consent.max_message_bytes or Limits().message_bytes)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
@@ -82,7 +84,7 @@ class Participant:
         """
         size = parcel.size
         key = self._identity.sealing
-        opened = open_task(parcel, self._node, self._trusted, key, time.time(), self._limits)
+        opened = open_task(parcel, self._node, self._trusted, key, self._clock(), self._limits)
         if opened.nonce in self._seen:
             raise TrustError(f"round {opened.task.round} of run {opened.task.run!r} was here before: a replay")
         self._seen[opened.nonce] = None

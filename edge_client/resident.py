@@ -43,6 +43,9 @@ BUSY_POLL, IDLE_POLL, BUSY_SECONDS = 0.05, 2.0, 60.0
 up to `IDLE_POLL`.
 """
 
+CLOCK_SECONDS: Final = 30.0
+"""A difference of clocks that the owner should know of."""
+
 LOOK_AGAIN: Final = timedelta(hours=6)
 """How often the certificate is looked at."""
 
@@ -95,10 +98,13 @@ class Resident:
             home.settings.data.source,
             lambda digest: self._cache.fetch(digest, self._channel, self._on_fetched),
             self._on_activity,
+            clock=lambda: time.time() + self._attendance.ahead,
         )
         now = datetime.now(UTC)
         instance = secrets.token_hex(8)
-        self._state = State(os.getpid(), instance, False, now, None, None, "connecting", None, now)
+        last = home.state()
+        fleet_id = last.fleet_id if last else None
+        self._state = State(os.getpid(), instance, False, now, None, None, "connecting", None, now, fleet_id)
         self._saved = 0.0
         self._look_next = now
         self._lock = threading.Lock()
@@ -138,12 +144,14 @@ class Resident:
         while True:
             self._attend()
             try:
-                fleet = Fleet(self._fleet_address, self._authority, self._fleet_key)
+                ahead = self._attendance.ahead
+                fleet = Fleet(self._fleet_address, self._authority, self._fleet_key, self._state.fleet_id, ahead)
             except ServiceError as error:
                 self._on_break(str(error))
                 pause.wait()
                 continue
             try:
+                self._change(fleet_id=fleet.id)
                 polls = _Polls()
                 while self._attendance.open.is_set() and not self._renewed():
                     if not self._state.connected:
@@ -217,6 +225,11 @@ class Resident:
 
     def _on_connected(self) -> None:
         self._say(f"Connected to {self._fleet_address} as {self._home.settings.node.name}; waiting for tasks.")
+        if abs(ahead := self._attendance.ahead) > CLOCK_SECONDS:
+            way = "behind" if ahead > 0 else "ahead of"
+            self._on_trouble(
+                f"This machine's clock is {abs(ahead):.0f} s {way} the coordinator's, which is used instead."
+            )
         self._change(connected=True, activity="waiting for a task", run=None, round=None)
 
     def _on_trouble(self, what: str) -> None:
@@ -284,6 +297,7 @@ def federation_channel(address: str, keys: Keys) -> grpc.Channel:
             ("grpc.max_receive_message_length", 16 * 2**20),
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),  # without it a dead peer is noticed after a minute
             ("grpc.max_reconnect_backoff_ms", 5_000),
         ],
     )

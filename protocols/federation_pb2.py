@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#farfield/protocols/federation.proto\x12\x16\x66\x61rfield.federation.v1\"\x91\x01\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x17\n\x0fsigning_request\x18\x03 \x01(\x0c\x12\x11\n\tfleet_key\x18\x04 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x05 \x01(\x0c\x12\x13\n\x0bsealing_key\x18\x06 \x01(\x0c\x12\r\n\x05proof\x18\x07 \x01(\x0c\"N\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x12\n\nfleet_port\x18\x02 \x01(\r\x12\x17\n\x0f\x66\x65\x64\x65ration_port\x18\x03 \x01(\r\"!\n\rAttendRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\'\n\x15\x44\x65scribeBundleRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\"%\n\x11\x42undleDescription\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"S\n\x12\x46\x65tchChunksRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x12-\n\x06ranges\x18\x02 \x03(\x0b\x32\x1d.farfield.federation.v1.Range\"%\n\x05Range\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"$\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32^\n\tEnrolment\x12Q\n\x05\x45nrol\x12$.farfield.federation.v1.EnrolRequest\x1a\".farfield.federation.v1.EnrolReply2\xcd\x03\n\nFederation\x12Q\n\x06\x41ttend\x12%.farfield.federation.v1.AttendRequest\x1a\x1e.farfield.federation.v1.Notice0\x01\x12Q\n\x05Leave\x12$.farfield.federation.v1.LeaveRequest\x1a\".farfield.federation.v1.LeaveReply\x12Q\n\x05Renew\x12$.farfield.federation.v1.RenewRequest\x1a\".farfield.federation.v1.RenewReply\x12j\n\x0e\x44\x65scribeBundle\x12-.farfield.federation.v1.DescribeBundleRequest\x1a).farfield.federation.v1.BundleDescription\x12Z\n\x0b\x46\x65tchChunks\x12*.farfield.federation.v1.FetchChunksRequest\x1a\x1d.farfield.federation.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#farfield/protocols/federation.proto\x12\x16\x66\x61rfield.federation.v1\"\x91\x01\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x17\n\x0fsigning_request\x18\x03 \x01(\x0c\x12\x11\n\tfleet_key\x18\x04 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x05 \x01(\x0c\x12\x13\n\x0bsealing_key\x18\x06 \x01(\x0c\x12\r\n\x05proof\x18\x07 \x01(\x0c\"N\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x12\n\nfleet_port\x18\x02 \x01(\r\x12\x17\n\x0f\x66\x65\x64\x65ration_port\x18\x03 \x01(\r\"!\n\rAttendRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"$\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"\'\n\x0cRenewRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\'\n\x15\x44\x65scribeBundleRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\"%\n\x11\x42undleDescription\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"S\n\x12\x46\x65tchChunksRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x12-\n\x06ranges\x18\x02 \x03(\x0b\x32\x1d.farfield.federation.v1.Range\"%\n\x05Range\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"$\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32^\n\tEnrolment\x12Q\n\x05\x45nrol\x12$.farfield.federation.v1.EnrolRequest\x1a\".farfield.federation.v1.EnrolReply2\xcd\x03\n\nFederation\x12Q\n\x06\x41ttend\x12%.farfield.federation.v1.AttendRequest\x1a\x1e.farfield.federation.v1.Notice0\x01\x12Q\n\x05Leave\x12$.farfield.federation.v1.LeaveRequest\x1a\".farfield.federation.v1.LeaveReply\x12Q\n\x05Renew\x12$.farfield.federation.v1.RenewRequest\x1a\".farfield.federation.v1.RenewReply\x12j\n\x0e\x44\x65scribeBundle\x12-.farfield.federation.v1.DescribeBundleRequest\x1a).farfield.federation.v1.BundleDescription\x12Z\n\x0b\x46\x65tchChunks\x12*.farfield.federation.v1.FetchChunksRequest\x1a\x1d.farfield.federation.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,27 +38,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTENDREQUEST']._serialized_start=291
   _globals['_ATTENDREQUEST']._serialized_end=324
   _globals['_NOTICE']._serialized_start=326
-  _globals['_NOTICE']._serialized_end=348
-  _globals['_LEAVEREQUEST']._serialized_start=350
-  _globals['_LEAVEREQUEST']._serialized_end=364
-  _globals['_LEAVEREPLY']._serialized_start=366
-  _globals['_LEAVEREPLY']._serialized_end=378
-  _globals['_RENEWREQUEST']._serialized_start=380
-  _globals['_RENEWREQUEST']._serialized_end=419
-  _globals['_RENEWREPLY']._serialized_start=421
-  _globals['_RENEWREPLY']._serialized_end=454
-  _globals['_DESCRIBEBUNDLEREQUEST']._serialized_start=456
-  _globals['_DESCRIBEBUNDLEREQUEST']._serialized_end=495
-  _globals['_BUNDLEDESCRIPTION']._serialized_start=497
-  _globals['_BUNDLEDESCRIPTION']._serialized_end=534
-  _globals['_FETCHCHUNKSREQUEST']._serialized_start=536
-  _globals['_FETCHCHUNKSREQUEST']._serialized_end=619
-  _globals['_RANGE']._serialized_start=621
-  _globals['_RANGE']._serialized_end=658
-  _globals['_CHUNK']._serialized_start=660
-  _globals['_CHUNK']._serialized_end=696
-  _globals['_ENROLMENT']._serialized_start=698
-  _globals['_ENROLMENT']._serialized_end=792
-  _globals['_FEDERATION']._serialized_start=795
-  _globals['_FEDERATION']._serialized_end=1256
+  _globals['_NOTICE']._serialized_end=362
+  _globals['_LEAVEREQUEST']._serialized_start=364
+  _globals['_LEAVEREQUEST']._serialized_end=378
+  _globals['_LEAVEREPLY']._serialized_start=380
+  _globals['_LEAVEREPLY']._serialized_end=392
+  _globals['_RENEWREQUEST']._serialized_start=394
+  _globals['_RENEWREQUEST']._serialized_end=433
+  _globals['_RENEWREPLY']._serialized_start=435
+  _globals['_RENEWREPLY']._serialized_end=468
+  _globals['_DESCRIBEBUNDLEREQUEST']._serialized_start=470
+  _globals['_DESCRIBEBUNDLEREQUEST']._serialized_end=509
+  _globals['_BUNDLEDESCRIPTION']._serialized_start=511
+  _globals['_BUNDLEDESCRIPTION']._serialized_end=548
+  _globals['_FETCHCHUNKSREQUEST']._serialized_start=550
+  _globals['_FETCHCHUNKSREQUEST']._serialized_end=633
+  _globals['_RANGE']._serialized_start=635
+  _globals['_RANGE']._serialized_end=672
+  _globals['_CHUNK']._serialized_start=674
+  _globals['_CHUNK']._serialized_end=710
+  _globals['_ENROLMENT']._serialized_start=712
+  _globals['_ENROLMENT']._serialized_end=806
+  _globals['_FEDERATION']._serialized_start=809
+  _globals['_FEDERATION']._serialized_end=1270
 # @@protoc_insertion_point(module_scope)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import Federation, federation
+from processes import Federation, federation
 from safetensors.torch import load_file
 
 from farfield.coordinator.runs import RunFolder

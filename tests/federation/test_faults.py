@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation import Federation, eventually, federation, result
+from processes import Federation, eventually, federation, result
 from relay import Relay
 from toy import CLIENTS, place, plan, simulated
 
@@ -106,19 +106,19 @@ def test_a_client_that_is_killed_while_it_trains_costs_one_update(running: Feder
     rounds = result(done)["rounds"]
     missed = [one for one in rounds if victim in one["problems"]]
     assert [one["clients"] for one in missed] == [2]
-    assert missed[0]["problems"][victim] == "started anew in the middle of its task"
+    assert missed[0]["problems"][victim] in {"started anew in the middle of its task", "went away before it answered"}
     assert all(one["clients"] == 3 for one in rounds if one not in missed)
 
 
 def test_a_node_that_never_comes_back_does_not_stall_a_run(running: Federation, toy: Path) -> None:
     clients = {name: running.join(name, toy / "data" / name) for name in CLIENTS}
-    run = running.submit(plan(toy, rounds=3, steps=60, minimum=2, seconds=10))
+    run = running.submit(plan(toy, rounds=3, steps=60, minimum=2, seconds=25))
     running.detail(run, "round 1: training")
     clients[CLIENTS[0]].kill()
     rounds = result(running.finishes(run))["rounds"]
     assert rounds[-1]["clients"] == 2
     lost = [one["problems"].get(CLIENTS[0], "") for one in rounds]
-    assert any("no answer within 10 s" in problem or "vanished" in problem for problem in lost), rounds
+    assert any(problem == "no answer within 25 s" for problem in lost), rounds
 
 
 def test_two_clients_with_one_identity(running: Federation, toy: Path, tmp_path: Path) -> None:
@@ -163,20 +163,19 @@ def test_a_line_that_is_cut_for_half_a_minute(running: Federation, toy: Path) ->
 
 
 def test_clocks_that_disagree(running: Federation, toy: Path, tmp_path: Path) -> None:
-    """Two minutes change nothing; twenty are said in one sentence, and with its clock right the client is in."""
+    """A client goes by the coordinator's clock, and tells its owner how wrong its own is."""
     shim = _clock(tmp_path)
-    name, *others = CLIENTS
-    for other in others:
-        running.join(
-            other, toy / "data" / other, LD_PRELOAD=str(shim), CLOCK_OFFSET="120" if other == others[0] else "-120"
-        )
-    run = running.submit(plan(toy, rounds=2, steps=5, minimum=2))
-    assert [one["clients"] for one in result(running.finishes(run))["rounds"]] == [2, 2]
-    running.enrol(name, toy / "data" / name)
-    wrong = running.rejoin(name, connected=False, LD_PRELOAD=str(shim), CLOCK_OFFSET="1200")
-    wrong.says("is minutes away from the coordinator's. Set it")
-    wrong.end()
-    running.rejoin(name)
+    offsets = dict(zip(CLIENTS, ("1200", "-1200", "0"), strict=True))
+    clients = {
+        name: running.join(name, toy / "data" / name, LD_PRELOAD=str(shim), CLOCK_OFFSET=offset)
+        for name, offset in offsets.items()
+    }
+    run = running.submit(plan(toy, rounds=2, steps=5, minimum=3))
+    assert [one["clients"] for one in result(running.finishes(run))["rounds"]] == [3, 3]
+    said = [clients[name].output for name in CLIENTS]
+    assert "s ahead of the coordinator's, which is used instead" in said[0]
+    assert "s behind the coordinator's, which is used instead" in said[1]
+    assert "which is used instead" not in said[2]
 
 
 def test_a_disk_that_is_full_at_a_client(running: Federation, toy: Path) -> None:
@@ -204,10 +203,10 @@ def test_a_disk_that_is_full_at_the_coordinator(running: Federation, toy: Path) 
     running.reaches(run, 1)
     (app,) = [pid for pid, line in running.descendants().items() if "flwr-serverapp" in line]
     subprocess.run(["prlimit", f"--pid={app}", "--fsize=2048:unlimited"], check=True)
-    running.detail(run, "cannot be saved, trying again")
+    eventually(lambda: "is not saved yet" in running.log(run), lambda: running.log(run))
     subprocess.run(["prlimit", f"--pid={app}", "--fsize=unlimited"], check=True)
     done = running.finishes(run)
-    assert "is not saved yet" in running.log(run)
+    assert "going on after" not in running.log(run)
     _equal(RunFolder.open(done.folder), simulated(toy, 3, 20))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from federation import Federation, eventually, federation
+from processes import Federation, eventually, federation
 from toy import CLIENTS, place, plan
 
 from farfield.coordinator.authority import Authority

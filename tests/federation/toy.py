@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from federation import environment
+from processes import environment
 from tiny import plan_text, write_backbone, write_clients
 
 from farfield.coordinator.runs import RunFolder
