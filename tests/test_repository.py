@@ -56,9 +56,17 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["farfield.protocols.codec", "farfield.coordinator.plans", "farfield.coordinator.cli"]
+    "module",
+    [
+        "farfield.protocols.envelope",
+        "farfield.coordinator.plans",
+        "farfield.coordinator.cli",
+        "farfield.coordinator.service",
+        "farfield.edge_client.cli",
+        "farfield.edge_client.resident",
+    ],
 )
-def test_reading_plans_and_messages_needs_no_torch(module: str) -> None:
+def test_what_serves_and_waits_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

@@ -91,6 +91,7 @@ def test_each_may_die_in_every_phase(running: Federation, toy: Path, what: str) 
     _equal(RunFolder.open(done.folder), simulated(toy, ROUNDS, 60))
 
 
+@pytest.mark.slow
 def test_a_client_that_is_killed_while_it_trains_costs_one_update(running: Federation, toy: Path) -> None:
     """The round closes with the other two, and says who is missing; the client, started again, is in the next ones."""
     clients = {name: running.join(name, toy / "data" / name) for name in CLIENTS}
@@ -110,10 +111,12 @@ def test_a_client_that_is_killed_while_it_trains_costs_one_update(running: Feder
     assert all(one["clients"] == 3 for one in rounds if one not in missed)
 
 
+@pytest.mark.slow
 def test_a_node_that_never_comes_back_does_not_stall_a_run(running: Federation, toy: Path) -> None:
     clients = {name: running.join(name, toy / "data" / name) for name in CLIENTS}
-    run = running.submit(plan(toy, rounds=3, steps=60, minimum=2, seconds=25))
-    running.detail(run, "round 1: training")
+    run = running.submit(plan(toy, rounds=3, steps=300, minimum=2, seconds=25))
+    running.reaches(run, 0)
+    clients[CLIENTS[0]].says("round 1: training")
     clients[CLIENTS[0]].kill()
     rounds = result(running.finishes(run))["rounds"]
     assert rounds[-1]["clients"] == 2
@@ -195,6 +198,7 @@ def test_a_disk_that_is_full_at_a_client(running: Federation, toy: Path) -> None
     assert full.status is None and "failed" in full.output
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_coordinator(running: Federation, toy: Path) -> None:
     """The round waits until there is room, and nothing is computed twice."""
     for name in CLIENTS:
