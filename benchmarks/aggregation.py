@@ -2,11 +2,12 @@
 
     python benchmarks/aggregation.py [--clients 100] [--megabytes 40] [--dtype float32] [--json]
 
-One process plays the coordinator: it addresses a task to each client, then opens their replies one after another and
-adds them to the round. In place of Flower's grid there is a pipe; at its other end a process of its own opens the tasks
-and makes, seals and signs the replies, so that what the makers take does not count. What is reported is the peak of the
-coordinator's resident memory above its level when all tasks are out and no reply has come. The running sum is part of
-the peak; the adapter, and the tasks' body, are part of the level.
+One process plays the coordinator: it locks the tasks' body and addresses a task to each client, then opens their
+replies one after another and adds them to the round. In place of Flower's grid there is a pipe; at its other end a
+process of its own opens the tasks and makes, seals and signs the replies, so that what the makers take does not count.
+What is reported is the peak of the coordinator's resident memory above its level when all tasks are out and no reply
+has come. The running sum is part of the peak; the adapter, and the tasks' body, as the round has it and as it travels,
+are part of the level.
 """
 
 from __future__ import annotations
@@ -23,11 +24,21 @@ from typing import Annotated
 import numpy as np
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from farfield.coordinator.aggregation.mean import WeightedMean
 from farfield.coordinator.rounds import TrainingRound, Verdict
-from farfield.protocols import codec
-from farfield.protocols.envelope import Charter, Opened, ReplyDesk, Signer, close_reply, open_task, sign_charter
+from farfield.protocols.envelope import (
+    Charter,
+    Desk,
+    Identity,
+    Member,
+    Opened,
+    Signer,
+    close_reply,
+    open_task,
+    sign_charter,
+)
 from farfield.protocols.messages import Reply, Train, Trained
 from farfield.protocols.parcel import Parcel, release_freed_frames
 from farfield.protocols.plan import TuningSettings, parse
@@ -93,15 +104,17 @@ def receive(link: Connection) -> Parcel:
 
 def answer(link: Connection, coordinator: bytes, clients: int, size: Size) -> None:
     """All clients: open every task, then seal a reply whenever one is asked for. Client n answers n everywhere."""
-    key = Ed25519PrivateKey.generate()
-    link.send(key.public_key().public_bytes_raw())
+    own = Identity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+    link.send((own.member.signing.public_bytes_raw(), own.member.sealing))
     trusted = Ed25519PublicKey.from_public_bytes(coordinator)
-    tasks = [emptied(open_task(receive(link), name, lambda _: trusted)) for name in names(clients)]
+    tasks = [
+        emptied(open_task(receive(link), name, lambda _: trusted, own.sealing, time.time())) for name in names(clients)
+    ]
     for number, opened in enumerate(tasks):
         link.recv()
         update = {name: np.full_like(array, number) for name, array in size.adapter().items()}
         outcome = Trained(pack_state(update, size.dtype), examples=1, targets=1, steps=1, loss=1.0)
-        send(link, close_reply(Reply.to(opened.task, outcome), opened, key))
+        send(link, close_reply(Reply.to(opened.task, outcome), opened, own.signing))
 
 
 def emptied(opened: Opened) -> Opened:
@@ -119,15 +132,15 @@ def memory(field: str) -> int:
 def aggregate(link: Connection, signer: Signer, clients: int, size: Size) -> Measured:
     release_freed_frames()
     plan = parse(PLAN.format(dtype=size.dtype), {"none": TuningSettings}, None)
-    node_key = Ed25519PublicKey.from_public_bytes(link.recv())
+    member = Member.of(*link.recv())
     round_ = TrainingRound(
         plan, RUN, 1, adapter := size.adapter(), names(clients), WeightedMean(plan.aggregation), now=0.0
     )
-    desk = ReplyDesk(sign_charter(Charter(RUN, plan.canonical(), "", 0, ""), signer), signer, sealed=True)
-    body = codec.pack_body(round_.work)
+    charter = sign_charter(Charter(RUN, plan.canonical(), "", 0, ""), signer)
+    desk = Desk(charter, signer, round_.work, expires=time.time() + 3600, sealed=True)
     tasks = list(round_.tasks())
     for task in tasks:
-        send(link, desk.address(task, body))
+        send(link, desk.address(task, member))
 
     def replies() -> Iterator[Parcel]:
         for _ in tasks:
@@ -138,7 +151,7 @@ def aggregate(link: Connection, signer: Signer, clients: int, size: Size) -> Mea
     level, began, largest = memory("VmRSS"), time.monotonic(), 0
     for task, parcel in zip(tasks, replies(), strict=True):
         largest = max(largest, parcel.size)
-        verdict = round_.receive(desk.open(parcel, task, node_key), now=0.0)
+        verdict = round_.receive(desk.open(parcel, task, member), now=0.0)
         assert verdict is Verdict.ACCEPTED, verdict
     peak, seconds = memory("VmHWM"), time.monotonic() - began
     result = round_.result()

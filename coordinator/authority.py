@@ -122,7 +122,7 @@ class Authority:
         try:
             asked = x509.load_der_x509_csr(request)
             signed, key = asked.is_signature_valid, asked.public_key()
-        except (ValueError, UnsupportedAlgorithm):
+        except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise EnrolmentError("not a signing request", where=where) from None
         if not signed:
             raise EnrolmentError("not signed by the key in it", where=where)
@@ -241,7 +241,7 @@ class Authority:
         path = self.folder / f"{name}.pem"
         try:
             return x509.load_pem_x509_certificate(_read(path))
-        except ValueError:
+        except (ValueError, x509.InvalidVersion):
             raise HomeError("not a certificate", where=path, hint="Restore it from a backup.") from None
 
 

@@ -3,7 +3,7 @@
     token ──▶ secret, fingerprint of the authority
     1. a TLS handshake that trusts nobody: of the certificates that the server sends, one must have the fingerprint
     2. a handshake that trusts only that one: now the server is known to be the coordinator, under this very name
-    3. three private keys, made here; Enrol sends their public halves, with the secret, over a channel as in 2
+    3. four private keys, made here; Enrol sends their public halves, with the secret, over a channel as in 2
     4. the certificate that comes back is checked, and only then is the home written
 
 Whatever fails before the coordinator has answered leaves nothing behind, neither here nor there. If the answer is lost,
@@ -237,7 +237,7 @@ def status(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
 
 @dataclass(frozen=True, slots=True)
 class _PrivateKeys:
-    """The three keys of a node; see `Keys`."""
+    """The keys of a node; see `Keys`."""
 
     tls: ec.EllipticCurvePrivateKey
     fleet: ec.EllipticCurvePrivateKey
@@ -346,7 +346,7 @@ def _checked(pem: bytes, name: str, keys: _PrivateKeys, authority: x509.Certific
     where = "the certificate that the coordinator issued"
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise TrustError("it is no certificate", where=where) from None
     check_certificate(certificate, keys.tls.public_key(), name, authority, now, where)
     return certificate
@@ -406,7 +406,7 @@ def _chain(server: Address, timeout: float) -> list[x509.Certificate]:
         ders = [one if isinstance(one, bytes) else one.public_bytes(_ssl.ENCODING_DER) for one in shown]
         try:
             return [x509.load_der_x509_certificate(der) for der in ders]
-        except ValueError:
+        except (ValueError, x509.InvalidVersion):
             raise TrustError("it shows a certificate that cannot be read", where=server) from None
 
 

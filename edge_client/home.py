@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -37,12 +37,14 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from farfield.protocols import plan as plans
-from farfield.protocols.envelope import Identity
 from farfield.protocols.errors import DataError, HomeError, PlanError, did_you_mean
 from farfield.protocols.identity import NAME
 
 from .consent import Consent, Section
 from .records import Record
+
+if TYPE_CHECKING:
+    from farfield.protocols.envelope import Identity
 
 SETTINGS: Final = "edge-client.toml"
 KEYS: Final = "keys"
@@ -255,6 +257,8 @@ class Keys:
 
     def identity(self) -> Identity:
         """With which this node answers tasks."""
+        from farfield.protocols.envelope import Identity  # brings numpy, which the other commands do without
+
         return Identity(self.signing_key(), self.sealing_key())
 
 
@@ -590,7 +594,7 @@ def _disk(path: Path) -> Iterator[None]:
 def _certificate(pem: bytes, name: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise _damaged(name, "not a certificate") from None
 
 

@@ -47,7 +47,7 @@ def renew(home: Home, channel: grpc.Channel, now: datetime) -> bool:
     where = "the renewed certificate"
     try:
         certificate = x509.load_pem_x509_certificate(raw)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise TrustError("no certificate", where=where) from None
     check_certificate(certificate, key.public_key(), name, keys.authority_certificate(), now, where)
     home.save_certificate(raw)

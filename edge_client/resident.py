@@ -86,7 +86,7 @@ class Resident:
         def trusted(signer: bytes) -> Ed25519PublicKey:
             try:
                 certificate = x509.load_der_x509_certificate(signer)
-            except ValueError:
+            except (ValueError, x509.InvalidVersion):
                 raise TrustError("the task carries no signing certificate") from None
             return signer_key(certificate, authority, datetime.now(UTC))
 

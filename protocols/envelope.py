@@ -235,6 +235,9 @@ def open_task(
         )
     if bool(signed.seal_to) != sealed:
         raise TrustError(f"a task whose reply is {'not ' if sealed else ''}to be sealed", where=f"run {charter.run!r}")
+    addressed = codec.parse(pb.Task(), signed.task, limits)
+    if addressed.node != node:
+        raise TrustError(f"a task for {addressed.node[:64]!r}, and this is {node!r}")
     frames = parcel.frames
     if sealed:
         (body_key,) = sealing.unseal([signed.body_key], signed.ephemeral, key, _key_context(signed))
@@ -242,8 +245,6 @@ def open_task(
             raise MalformedMessage(f"a body key of {len(body_key)} bytes")
         frames = list(sealing.unlock(_consumed(frames), body_key, _BODY_CONTEXT))
     task = codec.decode_task(Parcel(signed.task, frames), limits)
-    if task.node != node:
-        raise TrustError(f"a task for {task.node[:64]!r}, and this is {node!r}")
     if (task.run, task.plan_digest) != (charter.run, charter.plan_digest):
         raise TrustError(f"the task of run {task.run[:64]!r} came with the charter of another run or Plan")
     return Opened(task, charter, signed.nonce, signed.seal_to)

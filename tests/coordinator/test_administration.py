@@ -60,7 +60,7 @@ def store(home: Home) -> Any:
 def enrol(store: Store, name: str) -> None:
     raw = hashlib.sha256(name.encode()).digest()
     store.invite([hashlib.sha256(raw).digest()], SOON, timedelta(hours=1))
-    store.redeem(raw, Node(name, raw, raw, raw[:20].hex(), SOON), SOON)
+    store.redeem(raw, Node(name, raw, raw, raw, raw[:20].hex(), SOON), SOON)
 
 
 def add_run(store: Store, name: str, folder: Path, age: int = 0) -> None:
@@ -150,7 +150,7 @@ def test_invite_prints_tokens_that_admit_and_nothing_else(command: Command, home
     late = datetime.now(UTC) + timedelta(days=7)
     assert store.open_invitations(late - timedelta(minutes=1)) == 3
     assert store.open_invitations(late) == 0
-    store.redeem(tokens[0].secret, Node("ann", raw, raw, "ab", SOON), SOON)
+    store.redeem(tokens[0].secret, Node("ann", raw, raw, raw, "ab", SOON), SOON)
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("1m", 1), ("30m", 30), ("24h", 24 * 60), ("365d", 365 * 24 * 60)])

@@ -176,6 +176,14 @@ def test_no_altered_request_gets_a_certificate(authority: Authority, position: i
         authority.issue_node(bytes(altered), "ann", NOW)
 
 
+@pytest.mark.parametrize("version", [1, 2, 255])
+def test_a_request_of_another_version_gets_no_certificate(authority: Authority, version: int) -> None:
+    assert REQUEST.count(b"\2\1\0") >= 1
+    altered = REQUEST.replace(b"\2\1\0", bytes([2, 1, version]), 1)
+    with pytest.raises(EnrolmentError, match="the signing request of ann: not a signing request"):
+        authority.issue_node(altered, "ann", NOW)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_no_request_gets_no_certificate(authority: Authority, raw: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,19 @@ from farfield.coordinator.results import Result
 from farfield.coordinator.rounds import sample_cohort
 from farfield.coordinator.runs import Checkpoint, RoundRecord, RunFolder
 from farfield.coordinator.simulate import Request, simulate
-from farfield.coordinator.simulation import Faults, Fleet, sources
+from farfield.coordinator.simulation import Faults, Fleet, SimulatedParticipant, bound_memory, identity, sources
 from farfield.edge_client.data import ClientData, TokenExample, batches
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
-from farfield.protocols import codec, envelope, messages_pb2
-from farfield.protocols.envelope import Opened, ReplyDesk
-from farfield.protocols.errors import PlanError, RunError, WireError
-from farfield.protocols.messages import Reply, Task, Trained
-from farfield.protocols.parcel import Body, Parcel
+from farfield.protocols import codec, envelope
+from farfield.protocols import messages_pb2 as pb
+from farfield.protocols.envelope import Charter, Desk, Member, Opened, Signer, sign_charter
+from farfield.protocols.errors import PlanError, RunError, TrustError, WireError
+from farfield.protocols.messages import Evaluate, Evaluated, Reply, Task, Trained
+from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State, digest
+from farfield.protocols.tensors import State, digest, pack_state
 
 
 class Quiet:
@@ -157,10 +159,10 @@ def test_learning_shows(place: Place) -> None:
 def test_the_bytes_counted_are_those_that_travel(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[int, int] = {}
     received: dict[int, int] = {}
-    address, close = ReplyDesk.address, envelope.close_reply
+    address, close = Desk.address, envelope.close_reply
 
-    def addressed(self: ReplyDesk, task: Task, body: Body) -> Parcel:
-        parcel = address(self, task, body)
+    def addressed(self: Desk, task: Task, member: Member) -> Parcel:
+        parcel = address(self, task, member)
         sent[task.round] = sent.get(task.round, 0) + len(parcel.head) + sum(map(len, parcel.frames))
         return parcel
 
@@ -169,7 +171,7 @@ def test_the_bytes_counted_are_those_that_travel(place: Place, monkeypatch: pyte
         received[reply.round] = received.get(reply.round, 0) + len(parcel.head) + sum(map(len, parcel.frames))
         return parcel
 
-    monkeypatch.setattr(ReplyDesk, "address", addressed)
+    monkeypatch.setattr(Desk, "address", addressed)
     monkeypatch.setattr(simulation, "close_reply", closed)
     for faults in (Faults(), Faults(dropout=0.4, stragglers=0.4)):
         sent.clear()
@@ -182,11 +184,17 @@ def test_the_bytes_counted_are_those_that_travel(place: Place, monkeypatch: pyte
     assert sent[0] > 3 * values
 
 
-def test_every_task_is_signed_and_every_reply_sealed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_and_every_reply_is_signed_and_sealed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As between machines; with protection "none" they are not sealed, and come to the same adapter."""
     parcels: list[Parcel] = []
-    charters: list[envelope.Charter] = []
-    close = envelope.close_reply
+    tasks: list[tuple[Task, pb.SignedTask, bytes]] = []
+    charters: list[Charter] = []
+    address, close = Desk.address, envelope.close_reply
+
+    def addressed(self: Desk, task: Task, member: Member) -> Parcel:
+        parcel = address(self, task, member)
+        tasks.append((task, codec.parse(pb.SignedTask(), parcel.head), b"".join(parcel.frames)))
+        return parcel
 
     def closed(reply: Reply, to: Opened, key: Ed25519PrivateKey) -> Parcel:
         charters.append(to.charter)
@@ -194,26 +202,89 @@ def test_every_task_is_signed_and_every_reply_sealed(place: Place, monkeypatch: 
         parcels.append(Parcel(parcel.head, list(parcel.frames)))
         return parcel
 
+    monkeypatch.setattr(Desk, "address", addressed)
     monkeypatch.setattr(simulation, "close_reply", closed)
     sealed = go(place)
     plan, bench, _ = fleet(place)
-    expected = envelope.Charter(sealed.run, plan.canonical(), "", 0, bench.frozen)
+    expected = Charter(sealed.run, plan.canonical(), "", 0, bench.frozen)
     assert len(charters) == 3 * (1 + 3 + 3)
     assert set(charters) == {expected}
-    heads = [codec.parse(messages_pb2.SealedReply(), parcel.head) for parcel in parcels]
+    heads = [codec.parse(pb.SealedReply(), parcel.head) for parcel in parcels]
     assert len({head.nonce for head in heads}) == len({head.ephemeral for head in heads}) == len(parcels)
     for parcel in parcels:
         with pytest.raises(WireError):
             codec.decode_reply(parcel)
+    assert len(tasks) == len(parcels) == len({head.body_key for _, head, _ in tasks})
+    assert len({head.seal_to for _, head, _ in tasks}) == len({body for _, _, body in tasks}) == 1 + 3 + 3
+    for task, _, body in tasks:
+        values = b"".join(codec.pack_body(task.work).frames)
+        assert len(values) < len(body)
+        assert values[:64] not in body
     parcels.clear()
+    tasks.clear()
     place.plan(protection={"kind": "none"})
     bare = go(place)
     assert len(parcels) == 3 * (1 + 3 + 3)
     assert {codec.decode_reply(parcel).run for parcel in parcels} == {bare.run}
+    for task, head, body in tasks:
+        assert body == b"".join(codec.pack_body(task.work).frames)
+        assert head.seal_to == head.ephemeral == head.body_key == b""
+        assert head.signature
     assert bare.adapter_digest == sealed.adapter_digest
     for ours, theirs in zip(bare.rounds, sealed.rounds, strict=True):
         assert ours.bytes_up < theirs.bytes_up < ours.bytes_up + 6 * 300  # what a seal takes, for each reply
         assert (ours.train_loss, ours.eval_loss) == (theirs.train_loss, theirs.eval_loss)
+
+
+def test_the_keys_of_a_client_come_from_the_secret_of_its_run() -> None:
+    """So every process that has the secret can be any client; and nobody else."""
+    assert identity(b"s" * 32, "ann").member == identity(b"s" * 32, "ann").member
+    raw = set()
+    for secret in (b"s" * 32, b"t" * 32):
+        for client in ("ann", "bob", ""):
+            keys = identity(secret, client)
+            raw |= {keys.signing.private_bytes_raw(), keys.sealing.private_bytes_raw()}
+    assert len(raw) == 12
+
+
+def test_a_simulated_client_does_what_its_own_coordinator_asks_of_it_alone(place: Place) -> None:
+    plan, bench, clients = fleet(place)
+    name, other = clients.names[:2]
+    signer, secret = Signer(Ed25519PrivateKey.generate()), bytes(32)
+    own = identity(secret, name)
+    participant = SimulatedParticipant(name, clients, own, signer.key.public_key(), True)
+    task = Task("run", 1, name, plan.digest, Evaluate(pack_state(bench.adapter(), "float32")), 1)
+
+    def desk_of(frozen: str = clients.frozen, by: Signer = signer) -> Desk:
+        charter = sign_charter(Charter("run", plan.canonical(), "", 0, frozen), by)
+        return Desk(charter, by, task.work, expires=0.0, sealed=True)
+
+    desk = desk_of()
+    reply = desk.open(participant.answer(desk.address(task, own.member)), task, own.member)
+    assert isinstance(reply.outcome, Evaluated)
+    for parcel, said in (
+        (desk.address(task, identity(secret, other).member), "the seal does not hold"),
+        (desk.address(replace(task, node=other), own.member), f"a task for '{other}', and this is '{name}'"),
+        (desk_of(by=Signer(Ed25519PrivateKey.generate())).address(task, own.member), "does not hold"),
+        (desk_of(frozen="00" * 32).address(task, own.member), "draws other frozen adapter weights"),
+    ):
+        with pytest.raises(TrustError, match=said):
+            participant.answer(parcel)
+
+
+def test_a_round_takes_as_long_as_it_takes(place: Place) -> None:
+    """The clock of a simulation stands still: no task expires while other clients are at work."""
+    place.plan(cohort={"round_seconds": 0.001})
+    assert [record.clients for record in go(place).rounds] == [0, 3, 3, 3]
+
+
+def test_what_bounds_memory_does_not_overrule_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    bound_memory()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    bound_memory()
+    assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
 
 
 def test_over_selection_makes_up_for_dropouts(place: Place) -> None:

@@ -40,7 +40,8 @@ SECRET = b"s" * 16
 
 def node(name: str, **changes: object) -> Node:
     raw = hashlib.sha256(name.encode()).digest()
-    return replace(Node(name, b"ecdsa " + raw, raw, raw[:20].hex(), NOW), **changes)  # type: ignore[arg-type]
+    made = Node(name, b"ecdsa " + raw, raw, bytes(reversed(raw)), raw[:20].hex(), NOW)
+    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def digest(secret: bytes) -> bytes:
@@ -205,7 +206,7 @@ for number in range(25):
     raw = hashlib.sha256(f"{who}-{number}".encode()).digest()
     secret = f"{who if shared == 'name' else ''}{number}".encode()
     try:
-        store.redeem(secret, Node(name, raw, raw, raw[:20].hex(), now), now)
+        store.redeem(secret, Node(name, raw, raw, raw, raw[:20].hex(), now), now)
         print("won", number, who)
     except EnrolmentError as error:
         assert "was used on" in str(error) or "another node has" in str(error) or "a moment ago" in str(error), error
@@ -288,6 +289,15 @@ def test_a_revoked_node_stays_as_it_was_revoked(store: Store, admit: Callable[..
     assert store.nodes() == [replace(ann, revoked_at=NOW + DAY, revoked_because="laptop stolen"), bob]
 
 
+def test_a_new_certificate_takes_the_place_of_the_old_one(store: Store, admit: Callable[..., Node]) -> None:
+    """And the node stays what it was: its keys do not change."""
+    ann, bob = admit("ann"), admit("bob")
+    store.attend("ann", "i1", "10.0.0.7", NOW + DAY)
+    store.renewed("ann", "ab" * 20)
+    here = replace(ann, certificate="ab" * 20, instance="i1", address="10.0.0.7", seen_at=NOW + DAY)
+    assert store.nodes() == [here, bob]
+
+
 def test_a_node_that_is_not_there(store: Store, admit: Callable[..., Node]) -> None:
     assert store.node("ann") is None
     with pytest.raises(StorageError, match=r"there is no node 'ann'\. There is no node yet"):
@@ -297,6 +307,7 @@ def test_a_node_that_is_not_there(store: Store, admit: Callable[..., Node]) -> N
         lambda: store.revoke("ann", "", NOW),
         lambda: store.attend("ann", "i", "a", NOW),
         lambda: store.notify("ann", "text", NOW),
+        lambda: store.renewed("ann", "ab" * 20),
     ]
     for action in actions:
         with pytest.raises(StorageError, match=r"there is no node 'ann'\. Did you mean 'anna'\?"):

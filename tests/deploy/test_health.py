@@ -74,7 +74,7 @@ def test_an_edge_client_is_healthy_while_its_process_lives(tmp_path: Path, progr
         node=edge.NodeSettings(name="edge-1"),
         data=edge.DataSettings(path="/data"),
     )
-    home = edge.Home.create(path, settings, edge.Keys(certificate, certificate, private, private, private))
+    home = edge.Home.create(path, settings, edge.Keys(certificate, certificate, private, private, private, private))
     assert not healthy("edge-client", path, programs), "no process works here"
     with home.held():
         assert healthy("edge-client", path, programs)

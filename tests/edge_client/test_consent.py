@@ -128,10 +128,13 @@ def test_every_limit_has_a_case_that_crosses_it() -> None:
     assert set(Consent.model_fields) <= set(CROSSED)
 
 
-def test_updates_in_the_clear_must_be_allowed_by_name() -> None:
+def test_updates_in_the_clear_cannot_be_allowed() -> None:
     bare = replace(REQUEST, plan=plan(protection="none"))
-    assert "sends updates with protection 'none'" in refusal(Consent(), bare)
-    check(Consent(protections=("none",)), bare, NOON)
+    for consent in (Consent(), Consent(protections=("sealed", "secagg")), Consent(protections=("secagg",))):
+        assert "sends updates with protection 'none'" in refusal(consent, bare)
+    for wanted in (("none",), ("sealed", "none")):
+        with pytest.raises(ValidationError, match="Input should be 'sealed' or 'secagg'"):
+            Consent.model_validate({"protections": wanted})
 
 
 def test_a_size_that_is_not_known_yet_is_left_to_the_next_question() -> None:

@@ -8,12 +8,16 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +39,8 @@ from farfield.edge_client.home import (
     vacant,
 )
 from farfield.edge_client.records import Text
+from farfield.protocols import sealing
+from farfield.protocols.envelope import Identity
 from farfield.protocols.errors import DataError, HomeError, PlanError
 from farfield.protocols.plan import Data
 
@@ -43,7 +49,7 @@ SETTINGS = Settings(
     node=NodeSettings(name="ward-3"),
     data=DataSettings(path="/data/notes"),
 )
-KEYS = Keys(b"authority", b"certificate", b"tls secret", b"fleet secret", b"signing secret")
+KEYS = Keys(b"authority", b"certificate", b"tls secret", b"fleet secret", b"signing secret", b"sealing secret")
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_a_second_home_in_the_same_place_is_refused_and_the_first_unharmed(home:
     assert Home.open(home.path).keys() == KEYS
 
 
-@pytest.mark.parametrize("name", ["keys", "keys/tls.key", "keys/fleet.key", "keys/signing.key"])
+@pytest.mark.parametrize("name", ["keys", "keys/tls.key", "keys/fleet.key", "keys/signing.key", "keys/sealing.key"])
 @pytest.mark.parametrize("bits", [0o040, 0o004, 0o020, 0o001])
 def test_a_secret_that_others_may_use_is_refused_in_one_sentence(home: Home, name: str, bits: int) -> None:
     path = home.path / name
@@ -116,7 +122,7 @@ def test_settings_that_everyone_may_change_are_refused(home: Home, name: str) ->
     assert f"{path}: everyone on this machine may change it" in refused(lambda: Home.open(home.path))
 
 
-@pytest.mark.parametrize("name", ["ca.pem", "tls.pem", "tls.key", "fleet.key", "signing.key"])
+@pytest.mark.parametrize("name", ["ca.pem", "tls.pem", "tls.key", "fleet.key", "signing.key", "sealing.key"])
 def test_a_key_that_is_missing_is_named(home: Home, name: str) -> None:
     (home.path / "keys" / name).unlink()
     said = refused(lambda: Home.open(home.path).keys())
@@ -125,11 +131,55 @@ def test_a_key_that_is_missing_is_named(home: Home, name: str) -> None:
 
 @pytest.mark.parametrize(
     "read",
-    [Keys.authority_certificate, Keys.node_certificate, Keys.tls_key, Keys.fleet_key, Keys.signing_key],
+    [
+        Keys.authority_certificate,
+        Keys.node_certificate,
+        Keys.tls_key,
+        Keys.fleet_key,
+        Keys.signing_key,
+        Keys.sealing_key,
+        Keys.identity,
+    ],
 )
 def test_a_key_that_is_damaged_is_named(read: Callable[[Keys], object]) -> None:
     said = refused(lambda: read(KEYS))
     assert said.startswith("keys/") and "not a" in said
+
+
+def test_a_renewed_certificate_takes_the_place_of_the_old_one(home: Home) -> None:
+    before = sorted(home.path.rglob("*"))
+    home.save_certificate(b"renewed")
+    opened = Home.open(home.path)
+    assert opened.keys() == replace(KEYS, certificate=b"renewed")
+    assert opened.settings == SETTINGS
+    assert sorted(home.path.rglob("*")) == before
+    assert mode(home.path / "keys" / "tls.pem") == 0o600
+
+
+def pem(key: PrivateKeyTypes) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def test_the_identity_that_was_kept_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """What is sealed to the keys that were made is opened with those that are read again, and so with signatures."""
+    made = Identity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+    Home.create(tmp_path / "home", SETTINGS, replace(KEYS, signing=pem(made.signing), sealing=pem(made.sealing)))
+    keys = Home.open(tmp_path / "home").keys()
+    kept = keys.identity()
+    assert kept.member == made.member
+    ephemeral, closed = sealing.seal([b"body key"], made.member.sealing, b"context")
+    assert list(sealing.unseal(closed, ephemeral, kept.sealing, b"context")) == [b"body key"]
+    made.member.signing.verify(kept.signing.sign(b"reply"), b"reply")
+    assert kept.sealing.private_bytes_raw() == keys.sealing_key().private_bytes_raw()
+
+
+def test_a_key_of_another_kind_is_refused_by_name() -> None:
+    signs, opens = pem(Ed25519PrivateKey.generate()), pem(X25519PrivateKey.generate())
+    for keys, said in (
+        (replace(KEYS, signing=signs, sealing=signs), "keys/sealing.key: not an X25519 key"),
+        (replace(KEYS, signing=opens, sealing=opens), "keys/signing.key: not an Ed25519 key"),
+    ):
+        assert refused(keys.identity).startswith(said)
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -184,7 +234,7 @@ WRONG = {
     "path": ('path = "/data/notes"', 'path = "notes"', "data.path: notes: not an absolute path"),
     "builtin": ('path = "/data/notes"', 'path = "builtin:stdlib/4/3"', "no such builtin data"),
     "hours": ('hours = ""', 'hours = "night"', "consent.hours: 'night' is not a span of hours"),
-    "protection": ('"sealed", "secagg"', '"seald"', "consent.protections.0 = 'seald' is not one of 'sealed', "),
+    "protection": ('"sealed", "secagg"', '"seald"', "consent.protections.0 = 'seald' is not one of 'sealed' or "),
     "no TOML": ("[cache]", "[cache", "not valid TOML: "),
 }
 
@@ -350,7 +400,7 @@ def test_one_process_works_in_a_home_and_the_system_frees_it_when_it_is_killed(h
 # --- State, and the end -----------------------------------------------------------------------------------------------
 
 NOW = datetime(2031, 5, 6, 12, tzinfo=UTC)
-STATE = State(7, "abc", True, NOW, "r1", 3, "training", None, NOW)
+STATE = State(7, "abc", True, NOW, "r1", 3, "training", None, NOW, 2**64 - 1)
 
 
 def test_state_reads_back_and_damage_is_no_state(home: Home) -> None:
@@ -361,7 +411,7 @@ def test_state_reads_back_and_damage_is_no_state(home: Home) -> None:
     for damaged in ("", "[]", "{}", file.read_text().replace("since", "sinc"), file.read_text().replace("2031", "x")):
         file.write_text(damaged)
         assert home.state() is None
-    assert len(fields(State)) == 9
+    assert len(fields(State)) == 10
 
 
 def test_a_node_that_left_leaves_its_settings_and_a_new_one_finds_them(home: Home) -> None:

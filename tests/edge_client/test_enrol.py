@@ -13,10 +13,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from ipaddress import ip_address
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -35,6 +37,7 @@ from farfield.edge_client.enrol import Address, authenticate, check_data, join, 
 from farfield.edge_client.home import Home
 from farfield.protocols import federation_pb2 as pb
 from farfield.protocols import identity
+from farfield.protocols.envelope import Member
 from farfield.protocols.errors import (
     DataError,
     EnrolmentError,
@@ -181,7 +184,7 @@ class Coordinator(EnrolmentServicer, FederationServicer):
     def Attend(self, request: Any, context: Any) -> Any:  # noqa: N802 - of the protocol
         raise NotImplementedError
 
-    DescribeBundle = FetchChunks = Attend
+    Renew = DescribeBundle = FetchChunks = Attend
 
 
 @pytest.fixture
@@ -254,12 +257,18 @@ def test_what_the_coordinator_hears_proves_the_keys_and_holds_no_secret_of_their
     assert fleet_key == keys.fleet_key().public_key()
     signing_key = Ed25519PublicKey.from_public_bytes(request.signing_key)
     assert signing_key == keys.signing_key().public_key()
-    parts = identity.enrolment_parts(
-        request.secret, request.node, request.signing_request, request.fleet_key, request.signing_key
-    )
-    identity.verify(signing_key, request.proof, identity.ENROLMENT, *parts)
+    assert request.sealing_key == keys.sealing_key().public_key().public_bytes_raw()
+    assert keys.identity().member == Member.of(request.signing_key, request.sealing_key)
+    another = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    for sealing_key, holds in ((request.sealing_key, True), (another, False)):
+        parts = identity.enrolment_parts(
+            request.secret, request.node, request.signing_request, request.fleet_key, request.signing_key, sealing_key
+        )
+        with nullcontext() if holds else pytest.raises(TrustError, match="this enrolment does not hold"):
+            identity.verify(signing_key, request.proof, identity.ENROLMENT, *parts)
     sent = request.SerializeToString()
     assert keys.signing_key().private_bytes_raw() not in sent
+    assert keys.sealing_key().private_bytes_raw() not in sent
     for key in (keys.tls_key(), keys.fleet_key()):
         number = key.private_numbers().private_value
         assert number.to_bytes((key.key_size + 7) // 8) not in sent
@@ -278,7 +287,8 @@ def test_the_invitation_is_not_kept(coordinator: Coordinator, place: Path, data:
 def test_keys_are_new_every_time(coordinator: Coordinator, tmp_path: Path, data: str) -> None:
     first = enrol(coordinator, tmp_path / "a", data).keys()
     second = enrol(coordinator, tmp_path / "b", data, name="ward-4").keys()
-    assert not {first.tls, first.fleet, first.signing} & {second.tls, second.fleet, second.signing}
+    secrets_of = attrgetter("tls", "fleet", "signing", "sealing")
+    assert len({*secrets_of(first), *secrets_of(second)}) == 8
 
 
 def test_the_consent_of_a_node_that_left_holds_for_the_next(coordinator: Coordinator, place: Path, data: str) -> None:

@@ -40,7 +40,7 @@ def test_the_service_the_superlink_and_the_serverapp_may_die_in_any_phase(runnin
     """Each of the three is killed in another phase of a round, and the end is that of a run that nothing befell."""
     for name in CLIENTS:
         running.join(name, toy / "data" / name)
-    run = running.submit(plan(toy, rounds=ROUNDS, steps=60, minimum=3))
+    run = running.submit(plan(toy, rounds=4, steps=30, minimum=3))
     killed = []
     for number, (what, phase) in enumerate(
         [("flwr-serverapp", "training"), ("coordinator.superlink", "evaluating"), ("coordinator serve", "training")], 1
@@ -59,7 +59,7 @@ def test_the_service_the_superlink_and_the_serverapp_may_die_in_any_phase(runnin
     assert running.log(run).count("going on after round") == len(killed)
     assert "its ServerApp died" in (running.path / "serve.log").read_text()
     assert "The SuperLink is gone; starting it again" in (running.path / "serve.log").read_text()
-    _equal(RunFolder.open(done.folder), simulated(toy, ROUNDS, 60))
+    _equal(RunFolder.open(done.folder), simulated(toy, 4, 30))
 
 
 @pytest.mark.slow
@@ -181,6 +181,7 @@ def test_clocks_that_disagree(running: Federation, toy: Path, tmp_path: Path) ->
     assert "which is used instead" not in said[2]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_client(running: Federation, toy: Path) -> None:
     """It says so, to its owner in full and to the coordinator without a path; the others go on."""
     name, *others = CLIENTS

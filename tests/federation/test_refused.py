@@ -4,20 +4,26 @@ tests/protocols/test_envelope.py, and what a bundle must be in tests/emulator/te
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
+import pwd
 import socket
-import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from processes import Federation, eventually, federation
+from processes import PATIENCE, Federation, eventually, federation
 from toy import CLIENTS, place, plan
 
 from farfield.coordinator.authority import Authority
+from farfield.coordinator.neighbours import SameUser
 from farfield.edge_client.fleet import Fleet
 from farfield.edge_client.home import Home
 from farfield.edge_client.resident import federation_channel
@@ -84,7 +90,7 @@ def test_a_token_that_was_altered_or_made_up(running: Federation, toy: Path) -> 
     altered = token[:20] + ("A" if token[20] != "A" else "B") + token[21:]
     assert "damaged" in _join(running, altered, "altered", toy / "data")
     made_up = Token(bytes(16), _authority(running).fingerprint).text()
-    assert "unknown" in _join(running, made_up, "stranger", toy / "data")
+    assert "made no such invitation" in _join(running, made_up, "stranger", toy / "data")
     elsewhere = Token(Token.parse(token).secret, bytes(32)).text()
     assert "authority" in _join(running, elsewhere, "misled", toy / "data")
 
@@ -104,22 +110,81 @@ def test_a_scan_in_plain_text_learns_nothing(running: Federation, service: str, 
     assert running.service is not None and running.service.status is None
 
 
-def test_the_control_api_asks_for_its_secret(running: Federation) -> None:
-    """Whoever may open a socket on this machine could otherwise start code as the coordinator."""
-    trusted = ssl.create_default_context(cafile=str(running.home / "keys" / "ca.pem"))
-    address = ("127.0.0.1", running.ports["control"])
-    for path in ("start-run", "list-runs", "register-node"):
-        with trusted.wrap_socket(socket.create_connection(address), server_hostname="127.0.0.1") as control:
-            control.sendall(f"POST /v1/control/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
-            assert control.recv(4096).startswith(b"HTTP/1.1 403 ")
+CALLER = """
+import encodings.idna, os, socket, ssl, sys  # all of it now: another user may not read this installation
+port, user = int(sys.argv[1]), int(sys.argv[3])
+trusted = ssl.create_default_context(cafile=sys.argv[2])
+if os.getuid() != user:
+    os.setgroups([])
+    os.setuid(user)
+for path in sys.argv[4:]:
+    plain = socket.socket()
+    plain.connect(("127.0.0.1", port))
+    with trusted.wrap_socket(plain, server_hostname="127.0.0.1") as service:
+        service.sendall(f"POST {path} HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n".encode())
+        print(service.recv(4096).split()[1].decode())
+"""
+
+STARTING_CODE = [f"/v1/control/{name}" for name in ("start-run", "list-runs", "register-node", "unregister-node")] + [
+    f"/v1/runtime/{name}" for name in ("acquire-task", "pull-pending-tasks", "push-messages", "get-nodes")
+]
+"""Paths of the SuperLink's Control and Runtime APIs: with them one starts code, enrols nodes, and reads messages."""
+
+
+def _asked_by(user: int, running: Federation, *paths: str) -> list[int]:
+    """The statuses that a process of this user is answered with."""
+    command = [sys.executable, "-c", CALLER, str(running.ports["control"]), running.home / "keys" / "ca.pem", str(user)]
+    done = subprocess.run([*map(str, command), *paths], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_other_users_of_this_machine_get_nothing_from_the_superlink(
+    running: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may open a socket here could otherwise start code as the coordinator. Every path, known or not."""
+    paths = [*STARTING_CODE, "/", "/health", "/v1", "/docs"]
+    mine = _asked_by(os.getuid(), running, *paths)
+    assert len(mine) == len(paths)
+    assert 403 not in mine
+    if os.getuid() == 0:
+        nobody = pwd.getpwnam("nobody").pw_uid
+        assert _asked_by(nobody, running, *paths) == [403] * len(paths)
+        return
+    # Nobody but root can make a process of another user; so this one is another user for the service's own check.
+    user, control = os.getuid(), ("127.0.0.1", running.ports["control"])
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    with socket.create_connection(control) as caller:
+        assert _status_of(caller.getsockname(), control) == 403
+        monkeypatch.setattr(os, "getuid", lambda: user)
+        assert _status_of(caller.getsockname(), control) == 200
+
+
+def _status_of(peer: tuple[str, int], own: tuple[str, int]) -> int:
+    """What the service's check answers to a connection that there is."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def welcome(scope: Any, receive: Any, send: Any) -> None:
+        await send({"status": 200})
+
+    async def nothing() -> Any:
+        raise AssertionError("the request was read")
+
+    asyncio.run(SameUser(welcome)({"type": "http", "client": peer, "server": own}, nothing, send))
+    return int(sent[0]["status"])
 
 
 def test_no_certificate(running: Federation) -> None:
     root = (running.home / "keys" / "ca.pem").read_bytes()
     credentials = grpc.ssl_channel_credentials(root)
-    with grpc.secure_channel(f"localhost:{running.ports['federation']}", credentials) as channel:
-        with pytest.raises(grpc.RpcError) as refused:
-            FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
+    with (
+        grpc.secure_channel(f"localhost:{running.ports['federation']}", credentials) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
     assert _code(refused) == grpc.StatusCode.UNAVAILABLE
 
 
@@ -138,9 +203,11 @@ def test_a_certificate_of_another_authority(running: Federation, member: Home, t
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         certificate.public_bytes(Encoding.PEM),
     )
-    with grpc.secure_channel(f"localhost:{running.ports['federation']}", credentials) as channel:
-        with pytest.raises(grpc.RpcError) as refused:
-            FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
+    with (
+        grpc.secure_channel(f"localhost:{running.ports['federation']}", credentials) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
     assert _code(refused) == grpc.StatusCode.UNAVAILABLE
 
 
@@ -183,9 +250,11 @@ def test_a_node_that_is_revoked_while_it_attends(running: Federation, toy: Path)
     running.command("coordinator", "revoke", "traitor", "--because", "laptop lost", "--home", running.home)
     assert client.wait() == 2
     assert "revoked" in client.output and "laptop lost" in client.output
-    with federation_channel(f"localhost:{running.ports['federation']}", keys) as channel:
-        with pytest.raises(grpc.RpcError) as refused:
-            FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
+    with (
+        federation_channel(f"localhost:{running.ports['federation']}", keys) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        FederationStub(channel).DescribeBundle(pb.DescribeBundleRequest(bundle=bytes(32)), timeout=20)
     assert _code(refused) == grpc.StatusCode.PERMISSION_DENIED
 
     def fleet_refuses() -> bool:

@@ -29,8 +29,8 @@ works = st.one_of(st.builds(Train, states), st.builds(Evaluate, states))
 outcomes = st.one_of(
     st.builds(Trained, states, counts, counts, counts, finite),
     st.builds(Evaluated, counts, counts, finite, counts),
-    st.builds(Failed, texts),
-    st.builds(Refused, texts),
+    st.builds(Failed, texts.map(codec.printable)),
+    st.builds(Refused, texts.map(codec.printable)),
 )
 uint32 = st.integers(0, 2**32 - 1)
 tasks = st.builds(Task, texts, uint32, texts, digests, works, uint32)
@@ -239,6 +239,36 @@ def test_what_is_over_the_limit_of_a_message_is_not_even_joined() -> None:
     with pytest.raises(MessageTooLarge):
         codec.decode_task(sent, codec.Limits(message_bytes=whole - 1))
     assert sent.frames, "the frames were used up before the limit was looked at"
+
+
+def test_a_frame_that_no_sender_would_make_is_not_even_joined() -> None:
+    """Sealed ones are a little longer, and the limit is the same for both."""
+    for sent, decode in ((codec.encode_task(A_TASK), codec.decode_task), (closed(A_REPLY), codec.decode_reply)):
+        (body,) = sent.frames
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(parcel, "FRAME_BYTES", len(body) - parcel.OVERHEAD_BYTES - 1)
+            with pytest.raises(MessageTooLarge, match=f"a frame of {len(body)} bytes"):
+                decode(sent)
+            assert sent.frames == [body]
+            patched.setattr(parcel, "FRAME_BYTES", len(body) - parcel.OVERHEAD_BYTES)
+            decode(sent)
+
+
+@given(st.text(max_size=30))
+def test_a_printable_text_keeps_its_length_and_steers_no_terminal(text: str) -> None:
+    shown = codec.printable(text)
+    assert len(shown) == len(text)
+    assert shown.isprintable()
+    assert all(now in (was, "\ufffd") for was, now in zip(text, shown, strict=True))
+    assert codec.printable(shown) == shown
+
+
+@pytest.mark.parametrize("control", ["\x00", "\x07", "\x1b", "\x7f", "\x9b", "\n", "\r", "\t", "\u202e", "\u2028"])
+def test_a_reason_comes_without_what_could_steer_a_terminal(control: str) -> None:
+    """A bell, the beginnings of escape sequences, ends of lines, what turns the direction of writing."""
+    for kind in (Failed, Refused):
+        came = codec.decode_reply(closed(Reply.to(A_TASK, kind(f"héllo {control}[2J 🙂"))))
+        assert came.outcome == kind("héllo \ufffd[2J 🙂")
 
 
 def test_a_head_that_is_too_large_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from farfield.protocols.errors import EnrolmentError, TrustError
 from farfield.protocols.identity import (
+    ENROLMENT,
     SIGNER_EKU,
     Token,
     check_name,
@@ -19,6 +20,7 @@ from farfield.protocols.identity import (
     fingerprint,
     sign,
     signer_key,
+    statement,
     verify,
 )
 
@@ -109,6 +111,25 @@ def test_a_signature_holds_for_nothing_else(one: tuple[str, list[bytes]], other:
             verify(KEY.public_key(), signature, other[0], *other[1])
 
 
+@given(
+    st.tuples(st.text(max_size=3), st.lists(st.binary(max_size=3), max_size=3)),
+    st.tuples(st.text(max_size=3), st.lists(st.binary(max_size=3), max_size=3)),
+)
+def test_no_two_statements_are_the_same_bytes(one: tuple[str, list[bytes]], other: tuple[str, list[bytes]]) -> None:
+    """Nor does one begin with another of as many parts."""
+    first, second = statement(one[0], *one[1]), statement(other[0], *other[1])
+    assert (first == second) == (one == other)
+    if len(one[1]) == len(other[1]) and one != other:
+        assert not first.startswith(second)
+
+
+def test_a_statement_is_written_as_it_is_signed() -> None:
+    """Each piece with its length in front, in 8 bytes: another way of writing would be another wire version."""
+    written = statement("task", b"", b"ab")
+    assert written == bytes(7) + b"\x0dfarfield task" + bytes(8) + bytes(7) + b"\x02ab"
+    KEY.public_key().verify(sign(KEY, "task", b"", b"ab"), written)
+
+
 @given(st.integers(0, 64 * 8 - 1))
 def test_an_altered_signature_does_not_hold(bit: int) -> None:
     signature = bytearray(sign(KEY, "plan", b"x"))
@@ -129,8 +150,13 @@ def test_another_key_is_another_signer() -> None:
 
 
 def test_what_is_signed_at_enrolment_names_everything_that_is_sent() -> None:
-    parts = enrolment_parts(b"secret", "ann", b"request", b"fleet", b"signing")
-    assert parts == [b"secret", b"ann", b"request", b"fleet", b"signing"]
+    parts = enrolment_parts(b"secret", "ann", b"request", b"fleet", b"signing", b"sealing")
+    assert parts == [b"secret", b"ann", b"request", b"fleet", b"signing", b"sealing"]
+    proof = sign(KEY, ENROLMENT, *parts)
+    verify(KEY.public_key(), proof, ENROLMENT, *parts)
+    for index in range(len(parts)):
+        with pytest.raises(TrustError, match="the signature on this enrolment does not hold"):
+            verify(KEY.public_key(), proof, ENROLMENT, *parts[:index], parts[index] + b"!", *parts[index + 1 :])
 
 
 # --- The signer's certificate ---------------------------------------------------------------------------------------

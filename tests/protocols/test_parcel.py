@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farfield.protocols import parcel
+from farfield.protocols import parcel, sealing
+from farfield.protocols.errors import MessageTooLarge
 from farfield.protocols.parcel import Body, Parcel, cut, join
 
 SMALL = 8
@@ -55,6 +56,22 @@ def test_the_number_of_frames_depends_on_the_bytes_alone(size: int, step: int) -
     frames = list(cut(whole[at : at + step] for at in range(0, size, step)))
     assert [len(frame) for frame in frames] == [SMALL] * (size // SMALL) + [size % SMALL] * bool(size % SMALL)
     assert b"".join(frames) == whole
+
+
+def test_what_no_sender_would_make_is_too_large() -> None:
+    """A frame may be longer than those of a body by what a seal adds, and the sum counts the head."""
+    assert parcel.OVERHEAD_BYTES == sealing.TAG_BYTES
+    longest = SMALL + parcel.OVERHEAD_BYTES
+    sent = Parcel(b"head", [bytes(longest), b"", bytes(longest)])
+    sent.check(sent.size)
+    Parcel(b"").check(0)
+    with pytest.raises(MessageTooLarge, match=rf"a message of {sent.size} bytes\. The limit is {sent.size - 1}\."):
+        sent.check(sent.size - 1)
+    for frames in ([bytes(longest + 1)], [b"", bytes(longest), bytes(longest + 1)]):
+        sent = Parcel(b"head", list(frames))
+        with pytest.raises(MessageTooLarge, match=rf"a frame of {longest + 1} bytes\. They have at most {SMALL}\."):
+            sent.check(10_000)
+        assert sent.frames == frames
 
 
 def test_frames_are_made_one_by_one() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farfield.protocols.errors import TrustError
-from farfield.protocols.sealing import KEY_BYTES, TAG_BYTES, seal, unseal
+from farfield.protocols.sealing import KEY_BYTES, TAG_BYTES, lock, seal, unlock, unseal
 
 KEY = X25519PrivateKey.generate()
 PUBLIC = KEY.public_key().public_bytes_raw()
@@ -45,6 +45,64 @@ def test_the_construction_is_the_one_that_the_docstring_states() -> None:
     for index, (frame, plain) in enumerate(zip(closed, FRAMES, strict=True)):
         nonce = index.to_bytes(11, "big") + (b"\1" if frame is closed[-1] else b"\0")
         assert AESGCM(key).decrypt(nonce, frame, CONTEXT) == plain
+
+
+SECRET = bytes(range(KEY_BYTES))
+
+
+@given(frames, st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES), st.binary(max_size=40))
+def test_what_was_locked_is_unlocked(plain: list[bytes], key: bytes, context: bytes) -> None:
+    closed = list(lock(plain, key, context))
+    assert [len(frame) for frame in closed] == [len(frame) + TAG_BYTES for frame in plain]
+    assert list(unlock(closed, key, context)) == plain
+    for other, around in ((bytes(one ^ 1 for one in key), context), (key, context + b"\0"), (key, context[:-1])):
+        if (other, around) != (key, context):
+            with pytest.raises(TrustError, match="the seal does not hold"):
+                list(unlock(closed, other, around))
+
+
+def test_a_seal_is_a_lock_whose_key_two_people_can_make() -> None:
+    """So all that is shown of sealed frames below holds for locked ones."""
+    ephemeral, closed = sealed()
+    shared = KEY.exchange(X25519PublicKey.from_public_bytes(ephemeral))
+    key = HKDF(hashes.SHA256(), KEY_BYTES, salt=ephemeral + PUBLIC, info=CONTEXT).derive(shared)
+    assert closed == list(lock(FRAMES, key, CONTEXT))
+    assert list(unlock(closed, key, CONTEXT)) == FRAMES
+
+
+def test_frames_are_locked_and_unlocked_one_by_one() -> None:
+    """A frame is gone as soon as it was used: a large body is never twice in memory."""
+    taken = 0
+
+    def counted(some: list[bytes]) -> Iterator[bytes]:
+        nonlocal taken
+        for frame in some:
+            taken += 1
+            yield frame
+
+    closing = lock(counted([b"x"] * 9), SECRET, CONTEXT)
+    closed = [next(closing)]
+    assert taken == 2
+    closed += closing
+    taken = 0
+    assert next(unlock(counted(closed), SECRET, CONTEXT)) == b"x"
+    assert taken == 2
+
+
+def test_nothing_locked_is_told_from_everything_lost() -> None:
+    with pytest.raises(TrustError, match="all frames are missing"):
+        list(unlock([], SECRET, CONTEXT))
+    empty = list(lock([b""], SECRET, CONTEXT))
+    assert [len(frame) for frame in empty] == [TAG_BYTES]
+    assert list(unlock(empty, SECRET, CONTEXT)) == [b""]
+
+
+@given(frames, st.data())
+def test_any_other_sequence_of_locked_frames_is_refused(plain: list[bytes], data: st.DataObject) -> None:
+    closed = list(lock(plain, SECRET, CONTEXT))
+    other = data.draw(st.lists(st.sampled_from(closed), max_size=8).filter(lambda some: some != closed))
+    with pytest.raises(TrustError):
+        list(unlock(other, SECRET, CONTEXT))
 
 
 def test_the_same_frames_are_never_sealed_alike() -> None:
