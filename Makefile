@@ -5,14 +5,15 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench protos clean
+.PHONY: help demo test test-slow check format bench bench-federation protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      formatting, lint, types, import boundaries"
-	@echo "make bench      the benchmarks; BENCH_ARGS are passed on"
+	@echo "make bench      the benchmark on SST-2; BENCH_ARGS are passed on"
+	@echo "make bench-federation  round latency, download of bundles, memory of aggregation"
 	@echo "make format     reformat the code"
 	@echo "make protos     generate the code for protocols/*.proto"
 
@@ -62,6 +63,11 @@ format: .venv/dev
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/sst2.py $(BENCH_ARGS)
+
+bench-federation: .venv/product
+	$(BIN)/python benchmarks/round_latency.py
+	$(BIN)/python benchmarks/bundles.py
+	$(BIN)/python benchmarks/aggregation.py
 
 protos: .venv/dev
 	mkdir -p build/protos
