@@ -22,11 +22,11 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -39,7 +39,8 @@ from pydantic import (
     model_validator,
 )
 
-from farfield.protocols.errors import HomeError, did_you_mean
+from farfield.protocols.complaints import complaint
+from farfield.protocols.errors import HomeError
 
 if TYPE_CHECKING:
     from .authority import Authority
@@ -336,24 +337,13 @@ def _validated(document: dict[str, Any], where: object) -> Settings:
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
-        raise _explained(error, where) from None
+        what, hint = complaint(error, _known_keys)
+        raise HomeError(what, where=where, hint=hint) from None
 
 
-def _explained(error: ValidationError, where: object) -> HomeError:
-    """The first complaint of pydantic as one sentence about one key."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
-    match first["type"]:
-        case "extra_forbidden":
-            section: Any = Settings if len(path) == 1 else Settings.model_fields[path[0]].annotation
-            return HomeError(f"unknown key '{key}'", where=where, hint=did_you_mean(path[-1], section.model_fields))
-        case "missing":
-            return HomeError(f"'{key}' is missing", where=where)
-        case "value_error":
-            return HomeError(f"{key}: {first['ctx']['error']}", where=where)
-        case _:
-            return HomeError(f"{key} = {first['input']!r}: {first['msg']}", where=where)
+def _known_keys(path: list[str]) -> Iterable[str]:
+    section: Any = Settings.model_fields[path[0]].annotation if path else Settings
+    return cast("Iterable[str]", section.model_fields)
 
 
 def _toml(settings: Settings) -> str:

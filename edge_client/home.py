@@ -37,7 +37,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from farfield.protocols import plan as plans
-from farfield.protocols.errors import DataError, HomeError, PlanError, did_you_mean
+from farfield.protocols.complaints import complaint
+from farfield.protocols.errors import DataError, HomeError, PlanError
 from farfield.protocols.identity import NAME
 
 from .consent import Consent, Section
@@ -190,7 +191,8 @@ class Settings(Section):
         try:
             return cls.model_validate(tomllib.loads(text))
         except ValidationError as error:
-            raise _explained(error, where) from None
+            what, hint = complaint(error, _known_keys)
+            raise HomeError(what, where=where, hint=hint) from None
         except (ValueError, RecursionError) as error:
             raise HomeError(f"not valid TOML: {error}", where=where) from None
 
@@ -614,24 +616,6 @@ def _elliptic(pem: bytes, name: str) -> EllipticCurvePrivateKey:
 
 def _damaged(name: str, what: str) -> HomeError:
     return HomeError(what, where=f"{KEYS}/{name}", hint=_LOST_KEYS)
-
-
-def _explained(error: ValidationError, where: object) -> HomeError:
-    """The first complaint of pydantic as one sentence about one key."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
-    match first["type"]:
-        case "extra_forbidden":
-            return HomeError(f"unknown key '{key}'", where=where, hint=did_you_mean(path[-1], _known_keys(path[:-1])))
-        case "missing":
-            return HomeError(f"'{key}' is missing", where=where)
-        case "value_error":
-            return HomeError(f"{key}: {first['ctx']['error']}", where=where)
-        case "literal_error":
-            return HomeError(f"{key} = {first['input']!r} is not one of {first['ctx']['expected']}", where=where)
-        case _:
-            return HomeError(f"{key} = {first['input']!r}: {first['msg']}", where=where)
 
 
 def _known_keys(path: list[str]) -> set[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -27,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from .complaints import complaint
 from .errors import PlanError, did_you_mean
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -315,24 +317,9 @@ def read(path: Path) -> str:
 
 def _explained(error: ValidationError, kinds: TuningKinds, document: dict[str, Any], where: object) -> PlanError:
     """The first complaint of pydantic as one sentence about one key."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path) or "Plan"
-    match first["type"]:
-        case "extra_forbidden":
-            return PlanError(
-                f"unknown key '{key}'",
-                where=where,
-                hint=did_you_mean(path[-1], _known_keys(path[:-1], kinds, document)),
-            )
-        case "missing":
-            return PlanError(f"'{key}' is missing", where=where, hint="docs/plan.md lists every key.")
-        case "value_error":
-            return PlanError(f"{key}: {first['ctx']['error']}" if path else str(first["ctx"]["error"]), where=where)
-        case "literal_error":
-            return PlanError(f"{key} = {first['input']!r} is not one of {first['ctx']['expected']}", where=where)
-        case _:
-            return PlanError(f"{key} = {first['input']!r}: {first['msg']}", where=where)
+    known = partial(_known_keys, kinds=kinds, document=document)
+    what, hint = complaint(error, known, whole="Plan", missing="docs/plan.md lists every key.")
+    return PlanError(what, where=where, hint=hint)
 
 
 def _known_keys(path: list[str], kinds: TuningKinds, document: dict[str, Any]) -> set[str]:
