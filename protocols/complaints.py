@@ -10,7 +10,7 @@ from .errors import did_you_mean
 
 
 def complaint(
-    error: ValidationError, known: Callable[[list[str]], Iterable[str]], missing: str = ""
+    error: ValidationError, known: Callable[[list[str]], Iterable[str]], *, whole: str = "document", missing: str = ""
 ) -> tuple[str, str]:
     """The first complaint: what is wrong, and what to do about it, for an error's `what` and `hint`.
 
