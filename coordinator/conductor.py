@@ -8,7 +8,7 @@ is done here and in `rounds.py`, so a simulation and a deployment cannot differ 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -31,6 +31,10 @@ class Traffic:
     down: int = 0
     up: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+
+    def note(self, problems: Mapping[str, str]) -> None:
+        """Add these; where a node had a problem before, in training, that one is the cause of what came after."""
+        self.problems = {**problems, **self.problems}
 
 
 class Carrier(Protocol):

@@ -378,7 +378,7 @@ class GridCarrier:
             if idle and not round_.closed:
                 time.sleep(POLL_SECONDS)
         self._overdue |= {message_id: one.task for message_id, one in asked.items()}
-        traffic.problems |= round_.problems
+        traffic.note(round_.problems)
         for node, problem in round_.problems.items():
             log.warning("round %d, %s: %s", round_.number, node, problem)
 

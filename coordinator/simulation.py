@@ -266,7 +266,7 @@ class Simulation:
         round_.tick(over)
         for parcel, task in late:
             round_.receive(self._exchange(parcel, task, desk, traffic), now=over)
-        traffic.problems |= round_.problems
+        traffic.note(round_.problems)
 
     def _exchange(self, parcel: Parcel, task: Task, desk: Desk, traffic: Traffic) -> Reply:
         """The client's reply to the task, both as the bytes that would travel."""
