@@ -24,7 +24,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from farfield.emulator import methods
 from farfield.protocols import plan as plans
-from farfield.protocols.codec import Limits
 from farfield.protocols.envelope import Charter, Identity, Opened, close_reply, open_task
 from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
 from farfield.protocols.messages import Failed, Outcome, Refused, Reply, Train
@@ -68,7 +67,6 @@ class Participant:
         """
         self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
         self._source, self._fetch, self._report, self._clock = source, fetch, report, clock
-        self._limits = Limits(message_bytes=consent.max_message_bytes or Limits().message_bytes)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
         self._bench: Bench | None = None
@@ -84,7 +82,7 @@ class Participant:
         """
         size = parcel.size
         key = self._identity.sealing
-        opened = open_task(parcel, self._node, self._trusted, key, self._clock(), self._limits)
+        opened = open_task(parcel, self._node, self._trusted, key, self._clock())
         if opened.nonce in self._seen:
             raise TrustError(f"round {opened.task.round} of run {opened.task.run!r} was here before: a replay")
         self._seen[opened.nonce] = None

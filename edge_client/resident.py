@@ -207,9 +207,8 @@ class Resident:
                 raise self._attendance.reason
 
     def _receive(self, fleet: Fleet) -> Message | None:
-        limit = self._home.settings.consent.max_message_bytes or LIMITS.message_bytes
         try:
-            return fleet.receive(limit)
+            return fleet.receive(LIMITS.message_bytes)  # consent may want less, and then refuses with its reason
         except MessageTooLarge as error:
             self._on_trouble(f"a task was dropped: {error}")
             return None
