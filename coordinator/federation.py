@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from farfield.emulator.bundle import Manifest
 from farfield.protocols import federation_pb2 as wire
 from farfield.protocols import identity, sealing
-from farfield.protocols.errors import EnrolmentError
+from farfield.protocols.errors import EnrolmentError, TrustError
 from farfield.protocols.federation_pb2_grpc import EnrolmentServicer, FederationServicer
 
 from .admission import Limits, Nodes, Peer, Refusal, address
@@ -83,8 +83,10 @@ class Enrolments(EnrolmentServicer):
         signing_key = _signing_key(request.signing_key)
         if len(request.signing_request) > _MAX_REQUEST:
             raise EnrolmentError("the signing request is too long", where=name)
-        if len(request.sealing_key) != sealing.KEY_BYTES:
-            raise EnrolmentError("the sealing key is not an X25519 key of 32 bytes", where=name)
+        try:
+            sealing.seal((), request.sealing_key, b"")
+        except TrustError:
+            raise EnrolmentError("the sealing key is not an X25519 key of 32 bytes", where=name) from None
         proven = identity.enrolment_parts(
             request.secret,
             request.node,

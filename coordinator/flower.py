@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -46,12 +47,6 @@ POLL_SECONDS: Final = 0.05
 
 WATCH_SECONDS: Final = 1.0
 """Between two looks at the database: who is there, and whether the run is still wanted."""
-
-BATCH_BYTES: Final = 64 * 2**20
-"""Replies are pulled so few at a time that they are about this large together."""
-
-TOGETHER: Final = 4
-"""Nor more than so many, for each of them waits until all are there."""
 
 CLOCK_SECONDS: Final = 600.0
 """So much longer than its round a task may be begun: clocks differ."""
@@ -133,19 +128,19 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
         raise RunError("its backbone's bundle is not in the database", where=f"run {run.name}")
     if backbone.fingerprint(bundle.folder) != folder.info.backbone_fingerprint:
         raise RunError("the backbone has changed since this run began", where=bundle.folder, hint="Start a new run.")
-    store.say(run.name, "loading the backbone")
+    roll = _DatabaseRoll(store, run.name)
+    roll.say("loading the backbone")
     bench = Bench(parsed, bundle.folder)
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
     charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
-    roll = _DatabaseRoll(store, run.name)
     carrier = GridCarrier(grid, roll, parsed, charter, home.authority().signer())
     last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll)).go(initial)
     if not any(record.clients for record in folder.records()):
         raise RunError(
             "no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why."
         )
-    store.say(run.name, "writing the adapter")
+    roll.say("writing the adapter")
     save_adapter(folder, Bench(parsed, bundle.folder), last)
     conclude(folder, last, max(record.clients for record in folder.records()), time.monotonic() - began)
     store.end(run.name, RunState.FINISHED, "", datetime.now(UTC))
@@ -153,36 +148,40 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
 
 
 class _Journal:
-    """Checkpoints in the run folder, which is the truth, and a row for each round in the database, which shows it."""
+    """Checkpoints in the run folder, which is the truth, and a row for each round in the database, which shows it.
+
+    On a full disk it waits for room, for the clients' work is worth more than a wait.
+    """
 
     def __init__(self, folder: RunFolder, store: Store, roll: _DatabaseRoll) -> None:
         self._folder, self._store, self._roll = folder, store, roll
+        self._run = folder.info.run
 
     def resume(self) -> Checkpoint | None:
         last = self._folder.resume()
-        run = self._folder.info.run
-        known = {record.round for record in self._store.rounds(run)}
-        for record in self._folder.records():
-            if record.round not in known:  # saved a moment before the last process died
-                self._store.add_round(run, record)
+        for record in self._folder.records():  # the last may have been saved a moment before its process died
+            self._patiently(record.round, partial(self._store.add_round, self._run, record))
         if last is not None:
             log.info("going on after round %d", last.record.round)
         return last
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Save the round; on a full disk, again and again, for the clients' work is worth more than a wait."""
         record = checkpoint.record
+        self._patiently(record.round, lambda: self._folder.save(checkpoint))
+        self._patiently(record.round, lambda: self._store.add_round(self._run, record))
+        log.info("round %d: %d updates, held-out loss %s", record.round, record.clients, record.eval_loss)
+
+    def _patiently(self, number: int, write: Callable[[], None]) -> None:
+        """Write, again and again until that works. Raises Cancelled when the run is no longer wanted."""
         while True:
             try:
-                self._folder.save(checkpoint)
-                self._store.add_round(self._folder.info.run, record)
-                break
+                write()
+                return
             except (RunError, StorageError) as error:
-                log.error("round %d is not saved yet: %s", record.round, error)
-                self._roll.say(f"round {record.round} cannot be saved, trying again: {error}")
+                log.error("round %d is not saved yet: %s", number, error)
+                self._roll.say(f"round {number} cannot be saved, trying again: {error}")
                 self._roll.present()
                 time.sleep(SAVE_SECONDS)
-        log.info("round %d: %d updates, held-out loss %s", record.round, record.clients, record.eval_loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +279,7 @@ class _Asked:
 
 
 class _Puller:
-    """Takes replies off the grid in threads of its own, a few at a time.
+    """Takes replies off the grid in threads of its own, one at a time each.
 
     A reply can be announced before all of it is there, and Flower then waits for the rest of it, for minutes if its
     node died meanwhile. Neither the other replies nor the clock of the round may wait with it.
@@ -289,30 +288,28 @@ class _Puller:
     def __init__(self, grid: Post, workers: int) -> None:
         self._grid, self._workers = grid, workers
         self._pool = ThreadPoolExecutor(workers, "replies")
-        self._flying: dict[Future[list[Message]], list[str]] = {}
-        self._turn = 0
+        self._flying: dict[Future[list[Message]], str] = {}
 
-    def arrived(self, ids: Sequence[str], size: int) -> Iterator[Message]:
-        """Replies to messages with these ids, as far as they are there; waits for a moment if none is.
+    def arrived(self, ids: Iterable[str]) -> Iterator[Message]:
+        """Asks once for the reply to each of these messages, and gives those that are there.
 
-        Args:
-            size: about how large each is, in bytes: so few are pulled together that they fit into memory.
+        At most as many are in memory as there are threads. One that is stuck is left to its thread, and comes up in a
+        later call.
         """
-        flying = {one for batch in self._flying.values() for one in batch}
-        free = [one for one in ids if one not in flying]
-        count = min(TOGETHER, max(1, BATCH_BYTES // max(size, 1)))
-        batches = [free[at : at + count] for at in range(0, len(free), count)]
-        for step in range(min(len(batches), self._workers - len(self._flying))):
-            batch = batches[(self._turn + step) % len(batches)]
-            self._flying[self._pool.submit(self._pull, batch)] = batch
-        self._turn += self._workers
-        done, _ = wait(self._flying, POLL_SECONDS, FIRST_COMPLETED)
-        for future in done:
-            del self._flying[future]
-            yield from future.result()
+        waiting = deque(one for one in ids if one not in self._flying.values())
+        while True:
+            while waiting and len(self._flying) < self._workers:
+                one = waiting.popleft()
+                self._flying[self._pool.submit(self._pull, one)] = one
+            done, _ = wait(self._flying, POLL_SECONDS, FIRST_COMPLETED)
+            if not done:
+                return
+            for future in [one for one in self._flying if one in done]:
+                del self._flying[future]
+                yield from future.result()
 
-    def _pull(self, batch: list[str]) -> list[Message]:
-        return list(self._grid.pull_messages(batch))
+    def _pull(self, message_id: str) -> list[Message]:
+        return list(self._grid.pull_messages([message_id]))
 
 
 class GridCarrier:
@@ -359,12 +356,11 @@ class GridCarrier:
         self._roll.say(f"round {round_.number}: {activity}")
         expires = time.time() + self._seconds + CLOCK_SECONDS
         desk = Desk(self._charter, self._signer, round_.work, expires=expires, sealed=self._sealed)
-        size = sum(map(len, desk.frames))
         asked = self._push(round_, desk, traffic)
         watched = time.monotonic()
         while not round_.closed:
             idle = True
-            for message in self._puller.arrived([*asked, *self._overdue], size):
+            for message in self._puller.arrived([*asked, *self._overdue]):
                 idle = False
                 answered = message.metadata.reply_to_message_id
                 if one := asked.pop(answered, None):
@@ -393,7 +389,11 @@ class GridCarrier:
             if node is None:
                 round_.lose(task.node, "left before the round began")
                 continue
-            parcel = desk.address(task, node.member)
+            try:
+                parcel = desk.address(task, node.member)
+            except TrustError as error:
+                round_.lose(task.node, f"no task can be sealed to it: {error}")
+                continue
             traffic.down += parcel.size
             record = to_record(parcel, shared)
             messages.append(Message(record, dst_node_id=node.fleet_id, message_type=kind, group_id=str(task.round)))

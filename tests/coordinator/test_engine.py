@@ -192,7 +192,8 @@ def test_replies_in_any_order_come_to_the_same_adapter(
     assert looped.watcher.rounds == [0, 1, 2, 3]
     assert {what for _, what, _, _ in looped.watcher.clients} == {"training", "evaluating"}
     asked = [done for number, what, done, _ in looped.watcher.clients if (number, what) == (2, "training")]
-    assert asked == list(range(1, alone.rounds[2].clients + 1))
+    assert asked == list(range(1, len(asked) + 1))  # those who were too many are heard as well, and not counted
+    assert len(asked) >= alone.rounds[2].clients
 
 
 def test_a_process_that_fails_ends_the_run_after_the_last_whole_round(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -171,13 +172,14 @@ class Scene:
     """One carrier between a grid, a roll and a clock that tests move."""
 
     plan: Plan
+    workers: int = 1  # replies are then counted in the order in which they were asked for
     office: Office = field(default_factory=Office)
     book: Book = field(default_factory=Book)
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         charter = Charter("run", self.plan.canonical(), "ab" * 32, 1000, "cd" * 32)
-        self.carrier = GridCarrier(self.office, self.book, self.plan, charter, SIGNER, self.clock)
+        self.carrier = GridCarrier(self.office, self.book, self.plan, charter, SIGNER, self.clock, self.workers)
 
     def training(self, number: int = 1, nodes: Sequence[str] = NODES, wanted: int | None = None) -> TrainingRound:
         rule = WeightedMean(self.plan.aggregation)
@@ -209,7 +211,7 @@ class Scene:
 
     def counted(self, round_: TrainingRound) -> tuple[str, ...]:
         result = round_.result()
-        return result.clients if result else ()
+        return tuple(sorted(result.clients)) if result else ()
 
 
 LATE = "run run: your answer to round 1 came after the round was closed; not counted"
@@ -545,10 +547,8 @@ def test_a_message_that_farfield_did_not_write_is_not_counted(scene: Scene) -> N
 # --- Pulling ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reply_that_never_arrives_holds_up_no_other_and_no_deadline(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flower, "TOGETHER", 1)
+def test_a_reply_that_never_arrives_holds_up_no_other_and_no_deadline(scene: Scene) -> None:
+    scene = Scene(scene.plan, workers=2)
     round_ = scene.training()
 
     def story() -> Iterator[None]:
@@ -578,32 +578,27 @@ def test_a_reply_that_never_arrives_holds_up_no_other_and_no_deadline(
     assert scene.book.told == [("ann", LATE)]
 
 
-def test_no_message_is_pulled_twice_at_a_time_and_few_are_pulled_together() -> None:
+def test_each_message_is_asked_for_alone_and_one_that_is_stuck_not_again() -> None:
     office = Office(announced={"a"})
-    puller = _Puller(office, workers=3)
+    puller = _Puller(office, workers=2)
     ids = [*"abcdefghij"]
     try:
-        size = flower.BATCH_BYTES // 2
-        limit = time.monotonic() + PATIENCE
-        while {one for batch in office.pulled for one in batch} != set(ids):
-            assert not list(puller.arrived(ids, size))
-            assert time.monotonic() < limit
+        for _ in range(3):
+            assert not list(puller.arrived(ids))
         assert office.blocked.is_set()
-        assert sum("a" in batch for batch in office.pulled) == 1
-        assert max(map(len, office.pulled)) == 2
+        asked = [one for batch in office.pulled for one in batch]
+        assert {one: asked.count(one) for one in ids} == {"a": 1} | dict.fromkeys(ids[1:], 3)
+        assert {len(batch) for batch in office.pulled} == {1}
     finally:
         office.release.set()
 
 
-@pytest.mark.parametrize(("size", "most"), [(0, 4), (1, 4), (flower.BATCH_BYTES // 3, 3), (flower.BATCH_BYTES * 9, 1)])
-def test_so_few_are_pulled_together_that_they_fit(size: int, most: int) -> None:
-    office = Office()
-    puller = _Puller(office, workers=4)
-    limit = time.monotonic() + PATIENCE
-    while {one for batch in office.pulled for one in batch} != set("abcdefghij"):
-        assert not list(puller.arrived([*"abcdefghij"], size))
-        assert time.monotonic() < limit
-    assert max(map(len, office.pulled)) == most
+def test_a_node_that_nothing_can_be_sealed_to_is_lost_alone(scene: Scene) -> None:
+    ann = scene.book.there["ann"]
+    scene.book.there["ann"] = replace(ann, member=replace(ann.member, sealing=bytes(32)))
+    traffic = scene.carry(scene.training(), scene.answering(("bob", trained()), ("cy", trained())))
+    assert set(traffic.problems) == {"ann"}
+    assert traffic.problems["ann"].startswith("no task can be sealed to it: ")
 
 
 def test_a_grid_that_fails_ends_the_round(scene: Scene) -> None:
@@ -821,3 +816,23 @@ def test_what_went_wrong_in_training_is_not_replaced_by_the_evaluation(scene: Sc
     scene.carrier.carry(evaluation, "evaluating", traffic)
     assert traffic.problems["ann"] == "no data"
     assert evaluation.problems["ann"] == "left before the round began"
+
+
+def test_a_row_that_has_to_wait_writes_nothing_else_twice(
+    store: Store, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(store, "add_round", failing(3, StorageError("disk is full"), store.add_round))
+    _Journal(folder, store, _DatabaseRoll(store, "run")).save(checkpoint(1))
+    lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1]
+
+
+def test_going_on_with_a_full_database_waits_for_room(
+    store: Store, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "SAVE_SECONDS", 0.0)
+    folder.save(checkpoint(0))
+    monkeypatch.setattr(store, "add_round", failing(2, StorageError("disk is full"), store.add_round))
+    assert _Journal(folder, store, _DatabaseRoll(store, "run")).resume() is not None
+    assert [record.round for record in store.rounds("run")] == [0]
