@@ -15,6 +15,7 @@ from farfield.edge_client import stdlib
 PLAN = """
 [model]
 backbone = "builtin:tiny-llama-py"
+dtype = "float32"  # in bfloat16 a difference in the last bit of a sum can become one in the third digit of a weight
 
 [tuning]
 kind = "lora"
