@@ -14,9 +14,11 @@
     ├── TrustError           a certificate, signature or seal that does not hold
     │   └── EnrolmentError       a token or a node that is not admitted
     ├── ConsentError         what the owner of the data does not allow
+    ├── PrivacyError         a privacy budget that would be exceeded, or a ledger that is damaged
     └── WireError            bytes from outside
         ├── MalformedMessage     not a message, or one that contradicts itself
         ├── MessageTooLarge      over a limit; raised before anything of that size is allocated
+        ├── SecAggError          a secure aggregation that must not go on
         └── UnknownVersion       a newer or older peer
 
 A message says what was wrong, where, what was expected and what to do. The command line prints it as it is and exits
@@ -99,6 +101,10 @@ class ConsentError(FarfieldError):
     """The owner of the data does not allow what is asked."""
 
 
+class PrivacyError(FarfieldError):
+    """A privacy budget would be exceeded, or a ledger is damaged."""
+
+
 class WireError(FarfieldError):
     """Bytes from outside that are not what they should be."""
 
@@ -109,6 +115,10 @@ class MalformedMessage(WireError):
 
 class MessageTooLarge(WireError):
     """A message or a part of one is over a limit."""
+
+
+class SecAggError(WireError):
+    """A secure aggregation must not go on: a message from elsewhere, a peer that cheats, or too few peers."""
 
 
 class UnknownVersion(WireError):
