@@ -1,0 +1,305 @@
+"""A ledger of privacy: what was spent, on whom, before it was spent.
+
+One line of JSON for each round, appended and never changed. A line carries the SHA-256 of the line before it and of
+itself, so that what was written cannot be changed, reordered or taken out of the middle unnoticed; lines taken off the
+end can, unless someone else knows the `head`. `spend` returns when the line is on the disk, and only then may the noisy
+result be let out. A crash in between leaves a round spent that nobody saw; a round that is repeated is spent twice.
+
+An end without a newline is a write that was cut off. Its `spend` never returned, so nothing was let out for it: what
+is whole all the same is counted, and what is not is cut off. Anything else that is not as it was written is damage.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from farfield.protocols.errors import PrivacyError
+
+from .accounting import Release, Spent, spent
+from .mechanism import Mechanism, document, restore
+
+_GENESIS: Final = hashlib.sha256(b"farfield privacy ledger 1").hexdigest()
+_ENTRY_KEYS: Final = {"time", "population", "run", "round", "plan", "mechanism", "note"}
+_MENDING: Final = (
+    "Whatever was spent is not known any more. Restore the file from a backup, or set it aside and count the whole "
+    "budget of everybody in it as spent."
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One round that is about to be let out.
+
+    Attributes:
+        time: ISO 8601, in UTC.
+        population: whose budget it is.
+        run, round: where it belongs; a round that is repeated has an entry for each time.
+        plan: the Plan's digest.
+        note: anything a person should know of it.
+    """
+
+    time: str
+    population: str
+    run: str
+    round: int
+    plan: str
+    mechanism: Mechanism
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """No more than `epsilon` at `delta`, in all."""
+
+    epsilon: float
+    delta: float
+
+
+class Ledger:
+    """The ledger in one file. Several processes and threads may have it open, and spend from the same budgets."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger at `path`, mode 0600, making an empty one where there is none, and check all of it.
+
+        Raises:
+            PrivacyError: it is damaged (says in which line), or cannot be read and written.
+        """
+        self.path = path
+        self.cut = 0
+        """Bytes of a write that had been cut off, which opening took away."""
+        self._thread = threading.RLock()
+        self._broken = False
+        self._read, self._head = 0, _GENESIS
+        self._entries: list[Entry] = []
+        self._spent: defaultdict[str, Counter[Release]] = defaultdict(Counter)
+        self.refresh()
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries that this object has read or written, the oldest first."""
+        return tuple(self._entries)
+
+    @property
+    def populations(self) -> tuple[str, ...]:
+        """Whose budget was ever spent, sorted."""
+        return tuple(sorted(self._spent))
+
+    @property
+    def head(self) -> str:
+        """SHA-256 of the last line; it stands for all of them. Kept elsewhere, it shows when lines have gone."""
+        return self._head
+
+    def refresh(self) -> None:
+        """Read what others have written since. Raises PrivacyError as opening does."""
+        with self._held():
+            pass
+
+    def total(self, population: str, delta: float) -> Spent:
+        """What was spent of `population`'s privacy, at `delta`."""
+        return spent(self._spent.get(population, Counter()), delta)
+
+    def forecast(self, population: str, mechanism: Mechanism, rounds: int, budget: Budget) -> Spent:
+        """What will have been spent after `rounds` more. Raises PrivacyError when that is more than the `budget`."""
+        after = self._after(population, mechanism, rounds, budget.delta)
+        if after.epsilon > budget.epsilon:
+            before = self.total(population, budget.delta)
+            affordable = self.remaining(population, mechanism, budget, rounds)
+            raise PrivacyError(
+                f"{rounds:,} more {'round' if rounds == 1 else 'rounds'} would bring ε from {before.epsilon:.4g} "
+                f"to {after.epsilon:.4g}, over the budget of {budget.epsilon:.4g} at δ = {budget.delta:g}",
+                where=f"population {population!r}",
+                hint=f"There is enough left for {affordable:,} of them. Add noise, or ask for fewer rounds.",
+            )
+        return after
+
+    def remaining(self, population: str, mechanism: Mechanism, budget: Budget, most: int = 1_000_000) -> int:
+        """How many more rounds of `mechanism` the `budget` has room for; `most` if it is that many or more."""
+
+        def affordable(rounds: int) -> bool:
+            return self._after(population, mechanism, rounds, budget.delta).epsilon <= budget.epsilon
+
+        if not affordable(0):
+            return 0
+        low, high = 0, 1
+        while high <= most and affordable(high):
+            low, high = high, 2 * high
+        high = min(high, most + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if affordable(middle) else (low, middle)
+        return low
+
+    def spend(self, entry: Entry, budget: Budget | None = None) -> Spent:
+        """Write `entry`, and return when it is on the disk: only now may its result be let out.
+
+        Returns:
+            What has been spent of its population's privacy, with it: at the budget's δ, or at 10⁻⁵ without a budget.
+
+        Raises:
+            PrivacyError: it would pass the `budget`, or the file was damaged since: nothing is written. Or the disk
+                fails: then it may or may not count as spent, and this object is of no more use.
+        """
+        with self._held() as file:
+            if budget is None:
+                after = self._after(entry.population, entry.mechanism, 1, _DELTA)
+            else:
+                after = self.forecast(entry.population, entry.mechanism, 1, budget)
+            line = _line(_entry_document(entry), self._head)
+            try:
+                self._append(file, line)
+            except OSError as error:
+                self._broken = True
+                hint = "Nothing is let out for this round. Make room or repair the disk, and start again."
+                raise PrivacyError(f"cannot be written: {error.strerror}", where=self.path, hint=hint) from error
+            self._take(line)
+            return after
+
+    def _append(self, file: int, line: bytes) -> None:
+        written = 0
+        while written < len(line):
+            written += os.write(file, line[written:])
+        os.fsync(file)
+
+    def _after(self, population: str, mechanism: Mechanism, rounds: int, delta: float) -> Spent:
+        counted = Counter(self._spent.get(population, Counter()))
+        counted[mechanism.release] += mechanism.releases * rounds
+        return spent(counted, delta)
+
+    @contextmanager
+    def _held(self) -> Iterator[int]:
+        """The file, open and to ourselves, with all that others wrote to it read and checked."""
+        with self._thread:
+            if self._broken:
+                raise PrivacyError("the disk failed while this was written", where=self.path, hint="Start again.")
+            try:
+                file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise PrivacyError(f"cannot be opened: {error.strerror}", where=self.path) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up(file)
+                yield file
+            finally:
+                os.close(file)
+
+    def _catch_up(self, file: int) -> None:
+        size = os.fstat(file).st_size
+        if size < self._read:
+            raise PrivacyError("is shorter than it was", where=self.path, hint=_MENDING)
+        if size == 0:
+            _sync_folder(self.path.parent)  # the name of a new file is on the disk before anything in it counts
+        raw = _read(file, self._read, size)
+        *lines, rest = raw.split(b"\n")
+        for line in lines:
+            self._take(line + b"\n")
+        if rest:
+            self._mend(file, rest)
+
+    def _mend(self, file: int, rest: bytes) -> None:
+        """Finish a last line that lacks but its newline; cut one off that lacks more."""
+        try:
+            self._checked(rest + b"\n")
+        except PrivacyError:
+            if not _was_cut_off(rest):
+                raise
+            os.ftruncate(file, self._read)
+            os.fsync(file)
+            self.cut += len(rest)
+        else:
+            self._append(file, b"\n")
+            self._take(rest + b"\n")
+
+    def _take(self, line: bytes) -> None:
+        entry, self._head = self._checked(line)
+        self._read += len(line)
+        self._entries.append(entry)
+        self._spent[entry.population][entry.mechanism.release] += entry.mechanism.releases
+
+    def _checked(self, line: bytes) -> tuple[Entry, str]:
+        """The entry in the next line, and the line's own digest."""
+        where = f"{self.path}, line {len(self._entries) + 1}"
+        try:
+            record = json.loads(line)
+            content = record["entry"]
+            if line != _line(content, self._head):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PrivacyError(
+                "is not as it was written, or not the line that followed", where=where, hint=_MENDING
+            ) from None
+        try:
+            return _entry(content), record["digest"]
+        except PrivacyError as error:
+            raise PrivacyError(error.what, where=where, hint=error.hint) from None
+
+
+_DELTA: Final = 1e-5
+
+
+def _line(content: Mapping[str, Any], previous: str) -> bytes:
+    record = {"entry": content, "previous": previous}
+    record["digest"] = hashlib.sha256(_canonical(record)).hexdigest()
+    return _canonical(record) + b"\n"
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _entry_document(entry: Entry) -> dict[str, Any]:
+    return {
+        "time": entry.time,
+        "population": entry.population,
+        "run": entry.run,
+        "round": entry.round,
+        "plan": entry.plan,
+        "mechanism": document(entry.mechanism),
+        "note": entry.note,
+    }
+
+
+def _entry(content: Mapping[str, Any]) -> Entry:
+    if not isinstance(content, dict) or set(content) != _ENTRY_KEYS:
+        raise PrivacyError("an entry with other keys than this release knows", hint="Update Farfield.")
+    return Entry(**{**content, "mechanism": restore(content["mechanism"])})
+
+
+def _was_cut_off(rest: bytes) -> bool:
+    """Whether this can be the beginning of a line, as a crash leaves it: perhaps followed by zeros never written."""
+    text = rest.rstrip(b"\0").decode("latin-1")
+    if not text.startswith('{"digest":"'[: len(text)]):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return True
+    return False  # something whole that does not hold, or that is followed by what is not its newline
+
+
+def _read(file: int, start: int, end: int) -> bytes:
+    parts = []
+    while start < end:
+        part = os.pread(file, min(end - start, 1 << 24), start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
