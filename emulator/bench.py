@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class Bench:
     """The Plan's backbone, its tokenizer, and its tuning method installed.
+
+    What is trained is in two parts: the adapter, which all clients share, and what each keeps at home, which most
+    methods do not have. Both are named float32 arrays.
 
     Attributes:
         method: the tuning method.
@@ -61,6 +65,11 @@ class Bench:
                 if not tensor.requires_grad and tensor.data_ptr() not in before
             }
         )
+        local = self.method.sharing.is_local
+        trained = self.tuned.trainable()
+        self._shared = {name: parameter for name, parameter in trained.items() if not local(name)}
+        self._local = {name: parameter for name, parameter in trained.items() if local(name)}
+        self._untrained = _values(self._local)
 
     @property
     def pad_id(self) -> int:
@@ -69,21 +78,49 @@ class Bench:
         return pad
 
     def adapter(self) -> State:
-        """The trained parameters as they are now: float32 copies by name."""
-        return {name: p.detach().float().cpu().numpy().copy() for name, p in self.tuned.trainable().items()}
+        """The shared parameters as they are now: copies."""
+        return _values(self._shared)
 
-    def load(self, adapter: State) -> None:
-        """Set the trained parameters, rounded to the model's number format.
+    def local(self) -> State:
+        """What a client that has not trained yet keeps at home; empty where all is shared. Not to be written to."""
+        return self._untrained
+
+    def load(self, adapter: State, local: State | None = None) -> None:
+        """Set what is trained, rounded to the model's number format.
+
+        Args:
+            local: what the client keeps at home; None for one that has not trained yet.
 
         Raises:
             MalformedMessage: names or shapes are not those of this Plan's adapter.
         """
-        parameters = self.tuned.trainable()
-        if {name: array.shape for name, array in adapter.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
+        own = self._untrained if local is None else local
+        # Apart: a sender who may name what stays at home could have it sent back.
+        if not (_fits(adapter, self._shared) and _fits(own, self._local)):
             raise MalformedMessage("the adapter's tensors are not those that this Plan's tuning method trains here")
         with torch.no_grad():
+            for name, parameter in (self._shared | self._local).items():
+                parameter.copy_(torch.from_numpy(np.array(own[name] if name in own else adapter[name])))
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Within it only what the method trains in round `number` requires gradients."""
+        parameters = self._shared | self._local
+        try:
             for name, parameter in parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(adapter[name])))
+                parameter.requires_grad_(self.method.sharing.trained_in(name, number))
+            yield
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+
+
+def _fits(state: State, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+    return {name: array.shape for name, array in state.items()} == {n: tuple(p.shape) for n, p in parameters.items()}
+
+
+def _values(parameters: Mapping[str, torch.nn.Parameter]) -> State:
+    return {name: parameter.detach().float().cpu().numpy().copy() for name, parameter in parameters.items()}
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,8 +13,9 @@ import importlib
 import pkgutil
 
 from .method import Setting, Tuned, TuningMethod, register, registered
+from .sharing import Sharing, advice
 
-__all__ = ["Setting", "Tuned", "TuningMethod", "register", "registered"]
+__all__ = ["Setting", "Sharing", "Tuned", "TuningMethod", "advice", "register", "registered"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -10,6 +10,7 @@ from farfield.protocols.errors import TuningError
 
 from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,6 +62,10 @@ class AdaLora(PeftMethod):
         if self.warmup + self.cooldown >= 1:
             raise ValueError("'warmup' and 'cooldown' leave no steps between them")
         return self
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=False)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import AdaLoraConfig

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Targets, names_for_peft, refuse_transposed, select
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +30,10 @@ class BitFit(PeftMethod):
 
     kind: Literal["bitfit"] = "bitfit"
     targets: Targets = "all-linear"
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=True)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import BeftConfig

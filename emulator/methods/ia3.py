@@ -8,6 +8,7 @@ from farfield.protocols.errors import TuningError
 
 from .method import Setting, register
 from .peft_method import Adapter, Names, PeftMethod, named, names_for_peft, select, transposed
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,10 @@ class Ia3(PeftMethod):
     targets: Annotated[
         Literal["keys-values-feedforward", "all-linear"] | Names, named("keys-values-feedforward", "all-linear")
     ] = "keys-values-feedforward"
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=True)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import IA3Config

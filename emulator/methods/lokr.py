@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, refuse_transposed, select
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,10 @@ class LoKr(PeftMethod):
     decompose_both: bool = False
     rank_dropout: Dropout = 0.0
     targets: Targets = "all-linear"
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=False)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import LoKrConfig

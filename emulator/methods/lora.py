@@ -1,21 +1,31 @@
-"""LoRA: a trained low-rank matrix beside each frozen one, with its variants rsLoRA, DoRA and FFA-LoRA."""
+"""LoRA: a trained low-rank matrix beside each frozen one, with variants in one client and variants of its average."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+from pydantic import model_validator
 
 from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from farfield.emulator.architecture import Architecture
 
+_A: Final = r"\.lora_A\."
+_B: Final = r"\.lora_B\."
+
 
 @register
 class Lora(PeftMethod):
     """W + s·B·A, with A ∈ ℝ^(r×k) drawn at random and B ∈ ℝ^(d×r) zero (Hu et al. 2021, eq. 3); s = α / r.
+
+    The mean of the clients' A times the mean of their B is not the mean of their B·A. With one of `freeze_a`,
+    `alternate` and `local_b` only one factor is averaged at a time, and it is (unless `dora` is set: the norm of a
+    column is not linear in anything).
 
     Attributes:
         rank: r.
@@ -25,7 +35,11 @@ class Lora(PeftMethod):
         rslora: s = α / √r, so that the step does not shrink as the rank grows (Kalajdzievski 2023, theorem 3.2).
         dora: train the magnitude m and the direction of each column of W apart (Liu et al. 2024, eq. 5).
         freeze_a: FFA-LoRA (Sun et al. 2024, section 4): A keeps its initial values, which every client draws alike from
-            the seed. Then the mean of the clients' B·A is exactly the mean of B times A; and half as much travels.
+            the seed; half as much travels.
+        alternate: RoLoRA (Chen et al. 2024, section 3): B is trained in odd rounds and A in even ones. Half as much
+            travels up; down goes all of it, since not every client was in the round before.
+        local_b: FedSA-LoRA (Guo et al. 2025, section 3): A is averaged, and each client keeps a B of its own at home.
+            Every client gets its own adapter; half as much travels.
     """
 
     kind: Literal["lora"] = "lora"
@@ -36,6 +50,22 @@ class Lora(PeftMethod):
     rslora: bool = False
     dora: bool = False
     freeze_a: bool = False
+    alternate: bool = False
+    local_b: bool = False
+
+    @model_validator(mode="after")
+    def _one_way_to_average(self) -> Self:
+        if self.freeze_a + self.alternate + self.local_b > 1:
+            raise ValueError("'freeze_a', 'alternate' and 'local_b' are three ways to the same end; give one of them")
+        return self
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(
+            exact=(self.freeze_a or self.alternate or self.local_b) and not self.dora,
+            local=_B if self.local_b else None,
+            resting=(_A, _B) if self.alternate else (),
+        )
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import LoraConfig
@@ -50,4 +80,4 @@ class Lora(PeftMethod):
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
-        return Adapter(config, frozen=r"\.lora_A\." if self.freeze_a else None)
+        return Adapter(config, frozen=_A if self.freeze_a else None)

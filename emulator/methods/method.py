@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from farfield.emulator import offline  # noqa: F401 - for its effect
 from farfield.protocols.plan import TuningSettings
 
+from .sharing import Sharing
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -55,6 +57,11 @@ class Tuned:
 
 class TuningMethod(TuningSettings, ABC):
     """The settings of one method, which can install it. Immutable; a model is changed, never the method."""
+
+    @property
+    @abstractmethod
+    def sharing(self) -> Sharing:
+        """How the clients' copies become one. Known from the settings alone, without a model."""
 
     @abstractmethod
     def install(self, model: PreTrainedModel, setting: Setting) -> Tuned:

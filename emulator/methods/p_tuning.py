@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Tokens, prompt_shape, refuse_decoder_classifier, require_tokens
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,10 @@ class PTuning(PeftMethod):
     kind: Literal["p-tuning"] = "p-tuning"
     tokens: Tokens = 20
     hidden_size: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=False)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import PromptEncoderConfig

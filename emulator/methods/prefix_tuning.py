@@ -10,6 +10,7 @@ from farfield.protocols.errors import TuningError
 
 from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Tokens, require_tokens
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class PrefixTuning(PeftMethod):
     tokens: Tokens = 20
     projection: bool = False
     hidden_size: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=not self.projection)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import PrefixTuningConfig

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .method import Setting, register
 from .peft_method import Adapter, PeftMethod, Tokens, prompt_shape, refuse_decoder_classifier, require_tokens
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,10 @@ class PromptTuning(PeftMethod):
     kind: Literal["prompt-tuning"] = "prompt-tuning"
     tokens: Tokens = 20
     initial: Literal["vocabulary", "normal"] = "vocabulary"
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=True)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import PromptTuningConfig

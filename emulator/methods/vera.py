@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .method import Setting, register
 from .peft_method import Adapter, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,10 @@ class Vera(PeftMethod):
     d_initial: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     dropout: Dropout = 0.0
     targets: Targets = "all-linear"
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(exact=False)
 
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import VeraConfig

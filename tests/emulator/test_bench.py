@@ -22,7 +22,7 @@ hf: Any = transformers  # whose constructors are untyped
 
 WORDS = {"<pad>": 0, "<end>": 1} | {f"w{index}": index for index in range(2, 20)}
 
-DRAWN = {"lora, A frozen": '"lora"\nfreeze_a = true', "vera": '"vera"\nrank = 4'}
+DRAWN = {"lora, A frozen": '"lora"\nfreeze_a = true', "vera": '"vera"\nrank = 4', "fed-sb": '"fed-sb"\nrank = 4'}
 """Methods that draw parts from the seed which they do not train."""
 
 KINDS = {kind: f'"{kind}"' for kind in registered()} | DRAWN

@@ -24,6 +24,7 @@ STEPS = 4
 
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
+    "fed-sb": {"rank": 8},
     "adalora": {"initial_rank": 4, "target_rank": 2, "interval": 1},
     "lokr": {"rank": 2},
     "vera": {"rank": 8},
@@ -35,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ffa-lora": ("lora", {"rank": 4, "freeze_a": True}),
+    "rolora": ("lora", {"rank": 4, "alternate": True}),
+    "fedsa-lora": ("lora", {"rank": 4, "local_b": True}),
     "dora": ("lora", {"rank": 4, "dora": True}),
     "rslora": ("lora", {"rank": 4, "rslora": True}),
     "prefix-tuning-projected": ("prefix-tuning", {"tokens": 3, "projection": True}),
