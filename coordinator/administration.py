@@ -67,12 +67,12 @@ def init(
         control=f"127.0.0.1:{control_port}",
     )
     console = Console()
-    _say(console, f"Coordinator made in {made.path}, for {', '.join(made.settings.service.hostnames)}.")
-    _say(
+    say(console, f"Coordinator made in {made.path}, for {', '.join(made.settings.service.hostnames)}.")
+    say(
         console,
         "Its settings are in coordinator.toml. keys/ca.key is what every client will trust: back it up, safely.",
     )
-    _say(console, f"Start it with: coordinator serve --home {made.path}")
+    say(console, f"Start it with: coordinator serve --home {made.path}")
 
 
 @app.command()
@@ -122,7 +122,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None
     days = opened.authority().days_left(now)
     if as_json:
         last = {"process": beat[0], "last_beat": _iso(beat[1])} if beat else {"process": None, "last_beat": None}
-        _print_json(
+        print_json(
             {
                 "home": str(opened.path),
                 "service": {"running": since is not None, "since": _iso(since), **last},
@@ -142,7 +142,7 @@ def status(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None
     revoked = f", {nodes['revoked']} revoked" if nodes["revoked"] else ""
     counted = ", ".join(f"{runs[state]} {state}" for state in _run_states() if runs[state])
     certificates = Text(", ").join(_days(name, left) for name, left in days.items())
-    _print_table(
+    print_table(
         Console(),
         (),
         [
@@ -166,16 +166,16 @@ def nodes(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
         serving = store.serving_since(_now()) is not None
         found = store.nodes()
     if as_json:
-        _print_json([_node_document(node, serving) for node in found])
+        print_json([_node_document(node, serving) for node in found])
         return
     console = Console()
     if not found:
-        _say(console, "No node has joined yet; `coordinator invite` prints a token for one.")
+        say(console, "No node has joined yet; `coordinator invite` prints a token for one.")
         return
     rows: list[list[str | Text]] = [
         [node.name, _node_words(node, serving), _at(node.enrolled_at), _printable(node.address or "")] for node in found
     ]
-    _print_table(console, ("NODE", "STATE", "ENROLLED", "ADDRESS"), rows)
+    print_table(console, ("NODE", "STATE", "ENROLLED", "ADDRESS"), rows)
 
 
 @app.command()
@@ -186,11 +186,11 @@ def runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     with _store(Home.open(home)) as store:
         found = [(run, _finished_rounds(store, run)) for run in store.runs()]
     if as_json:
-        _print_json([_run_document(run, rounds) for run, rounds in found])
+        print_json([_run_document(run, rounds) for run, rounds in found])
         return
     console = Console()
     if not found:
-        _say(console, "There is no run yet; `coordinator run PLAN.toml` makes one.")
+        say(console, "There is no run yet; `coordinator run PLAN.toml` makes one.")
         return
     styles = {"queued": "", "running": "green", "finished": "dim", "failed": "red", "cancelled": "yellow"}
     rows: list[list[str | Text]] = [
@@ -203,7 +203,7 @@ def runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
         ]
         for run, rounds in found
     ]
-    _print_table(console, ("RUN", "STATE", "ROUNDS", "CREATED", "DETAIL"), rows)
+    print_table(console, ("RUN", "STATE", "ROUNDS", "CREATED", "DETAIL"), rows)
 
 
 @app.command()
@@ -224,9 +224,9 @@ def cancel(
     if ended.state is not RunState.CANCELLED:
         raise StorageError(f"the run has {ended.state.value} already", where=run)
     if as_json:
-        _print_json(_run_document(ended, rounds))
+        print_json(_run_document(ended, rounds))
     else:
-        _say(Console(), f"Run {run} is cancelled; what it has finished is kept in {ended.folder}.")
+        say(Console(), f"Run {run} is cancelled; what it has finished is kept in {ended.folder}.")
 
 
 @app.command()
@@ -244,9 +244,9 @@ def revoke(
         revoked = store.node(node)
         assert revoked is not None and revoked.revoked_at is not None
     if as_json:
-        _print_json(_node_document(revoked, serving=False))
+        print_json(_node_document(revoked, serving=False))
     else:
-        _say(Console(), f"Node {node} is revoked, since {_at(revoked.revoked_at)}. Its name is not given again.")
+        say(Console(), f"Node {node} is revoked, since {_at(revoked.revoked_at)}. Its name is not given again.")
 
 
 # --- What they say --------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def _iso(moment: datetime | None) -> str | None:
 # --- How they print and read ----------------------------------------------------------------------------------------
 
 
-def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+def print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Columns as wide as what is in them. No line is cut or folded, so that what is piped stays one line a row."""
     table = [[Text(title, "bold") for title in titles]] if titles else []
     table += [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
@@ -341,11 +341,11 @@ def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequenc
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 

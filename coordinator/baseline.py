@@ -43,9 +43,10 @@ def centralised(
     if not steps:
         return Centralised(0, None, None)
     pooled = [example for name in fleet.names for example in fleet.data(name).train]
+    bench.load(initial)
     train(
         bench.tuned,
-        initial,
+        initial | bench.local(),
         pooled,
         plan.training.model_copy(update={"proximal_mu": 0.0}),
         pad_id=bench.pad_id,

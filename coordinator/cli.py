@@ -13,7 +13,7 @@ from rich.console import Console
 
 from farfield.protocols.errors import FarfieldError, RunError
 
-from . import administration, operation
+from . import administration, ledger, operation, roster
 
 app = typer.Typer(
     help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",
@@ -23,8 +23,10 @@ app = typer.Typer(
 )
 plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
+app.add_typer(roster.app, name="roster")
 app.add_typer(operation.app)
 app.add_typer(administration.app)
+app.add_typer(ledger.app)
 
 
 class Engine(StrEnum):
@@ -121,13 +123,16 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Fold the adapter into the backbone: a Hugging Face folder.")
     ] = False,
+    client: Annotated[
+        str | None, typer.Option(help="Whose adapter, where each simulated client has one of its own (local_b).")
+    ] = None,
     home: administration.HomeOption = administration.DEFAULT_HOME,
 ) -> None:
     """Write a run's adapter in peft's format, or merged into its backbone."""
     from .export import export
 
     within = home.expanduser() / "runs" / run
-    number = export(within if not run.exists() and within.is_dir() else run, out, merged=merged)
+    number = export(within if not run.exists() and within.is_dir() else run, out, merged=merged, client=client)
     what = "Model with the adapter of round" if merged else "Adapter of round"
     Console().print(f"{what} {number} written to {out}", highlight=False, soft_wrap=True)
 

@@ -7,21 +7,36 @@ is done here and in `rounds.py`, so a simulation and a deployment cannot differ 
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from farfield.protocols.envelope import Charter
 from farfield.protocols.errors import PlanError
+from farfield.protocols.messages import Evaluate, Train
 from farfield.protocols.plan import Plan
-from farfield.protocols.tensors import State
+from farfield.protocols.summing import Shapes, Subject
+from farfield.protocols.tensors import State, digest, pack_state, unpack_state
 
+from . import bounds
 from .aggregation import SumRule, registered
-from .rounds import EvaluationRound, TrainingRound, cohort_size, sample_cohort, sample_evaluators
+from .releasing import Aggregate, release
+from .rounds import (
+    EvaluationRound,
+    Score,
+    TrainingRound,
+    cohort_size,
+    sample_cohort,
+    sample_evaluators,
+    trained_shapes,
+)
 from .runs import Checkpoint, RoundRecord
+from .secure_rounds import SecureRound, SecureStep, scored
 from .server_optimizer import Moments, step
 
-Round: TypeAlias = TrainingRound | EvaluationRound
+Round: TypeAlias = TrainingRound | EvaluationRound | SecureStep
 
 
 @dataclass(slots=True)
@@ -44,8 +59,17 @@ class Carrier(Protocol):
         """Seconds on a clock that does not go backwards; what rounds are timed by."""
         ...
 
+    @property
+    def charter(self) -> Charter:
+        """What the participants are told about the run."""
+        ...
+
     def gather(self, at_least: int) -> Sequence[str]:
         """The participants that are there, once they are `at_least` so many."""
+        ...
+
+    def identities(self, nodes: Iterable[str]) -> Mapping[str, bytes]:
+        """By node, the key (Ed25519, raw) that signs for it; without those that have left."""
         ...
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
@@ -60,16 +84,37 @@ class Journal(Protocol):
     def save(self, checkpoint: Checkpoint) -> None: ...
 
 
+class Accounts(Protocol):
+    """Where it is written down what a run spends of its population's privacy."""
+
+    def spend(self, number: int) -> None:
+        """Write down what round `number` spends, before anything of it is released.
+
+        Raises:
+            PrivacyError: the budget does not allow it, and nothing was spent.
+        """
+        ...
+
+
 class Conductor:
     """One run of a Plan, from its last checkpoint to the end."""
 
-    def __init__(self, plan: Plan, run: str, carrier: Carrier, journal: Journal) -> None:
-        """Raises PlanError when the Plan's aggregation rule needs more than the sum of the updates."""
-        self._plan, self._run, self._carrier, self._journal = plan, run, carrier, journal
+    def __init__(
+        self, plan: Plan, run: str, carrier: Carrier, journal: Journal, accounts: Accounts | None = None
+    ) -> None:
+        """
+        Args:
+            accounts: where privacy is accounted for; needed where the Plan promises any.
+
+        Raises:
+            PlanError: the Plan's aggregation rule needs more than the sum of the updates.
+        """
+        self._plan, self._run, self._carrier, self._journal, self._accounts = plan, run, carrier, journal, accounts
         rule = registered()[plan.aggregation.rule](plan.aggregation)
         if not isinstance(rule, SumRule):
             raise PlanError(f"aggregation.rule = {plan.aggregation.rule!r} must see each update; there are sums only")
         self._rule: SumRule = rule
+        self._secure = plan.protection.kind == "secagg"
 
     def go(self, initial: State) -> Checkpoint:
         """Do the rounds that are left, each ended by a checkpoint, and return the last.
@@ -88,27 +133,24 @@ class Conductor:
 
     def _begin(self, initial: State) -> Checkpoint:
         began, traffic = time.monotonic(), Traffic()
-        present = self._carrier.gather(self._plan.cohort.minimum)
-        loss, accuracy = self._evaluate(0, initial, present, traffic)
+        present = self._carrier.gather(self._plan.smallest_cohort)
+        score = self._evaluate(0, initial, present, traffic)
         seconds = time.monotonic() - began
-        record = RoundRecord(0, 0, None, loss, accuracy, traffic.down, traffic.up, seconds, problems=traffic.problems)
-        return Checkpoint(record, initial, Moments())
+        record = RoundRecord(0, 0, None, *_told(score), traffic.down, traffic.up, seconds, problems=traffic.problems)
+        return Checkpoint(record, initial, Moments(), bounds.first(self._plan, initial))
 
     def _round(self, number: int, last: Checkpoint) -> Checkpoint:
         plan, began, traffic = self._plan, time.monotonic(), Traffic()
-        present = self._carrier.gather(plan.cohort.minimum)
-        cohort = sample_cohort(plan, number, present)
-        wanted = cohort_size(plan.cohort, len(present)) if plan.cohort.over_selection else None
-        now = self._carrier.now()
-        training = TrainingRound(plan, self._run, number, last.adapter, cohort, self._rule, now, wanted)
-        self._carrier.carry(training, "training", traffic)
-        aggregate = training.result()
-        adapter, moments = last.adapter, last.moments
+        present = self._carrier.gather(plan.smallest_cohort)
+        aggregate = self._train(number, last, present, traffic)
+        adapter, moments, following = last.adapter, last.moments, last.bounds
         if aggregate is not None:
             adapter, moments = step(plan.aggregation, adapter, aggregate.update, moments)
-        loss, accuracy = None, None
+            following = bounds.following(plan, last.bounds, aggregate)
+        score = None
         if number % plan.evaluation.every == 0 or number == plan.training.rounds:
-            loss, accuracy = self._evaluate(number, adapter, present, traffic)
+            score = self._evaluate(number, adapter, present, traffic)
+        loss, accuracy = _told(score)
         record = RoundRecord(
             round=number,
             clients=len(aggregate.clients) if aggregate else 0,
@@ -120,17 +162,77 @@ class Conductor:
             seconds=time.monotonic() - began,
             steps=aggregate.steps if aggregate else 0,
             problems=traffic.problems,
+            clipping_norm=last.bounds.clipping_norm,
         )
-        return Checkpoint(record, adapter, moments)
+        return Checkpoint(record, adapter, moments, following)
 
-    def _evaluate(
-        self, number: int, adapter: State, present: Sequence[str], traffic: Traffic
-    ) -> tuple[float | None, float | None]:
-        evaluators = sample_evaluators(self._plan, present)
-        evaluation = EvaluationRound(self._plan, self._run, number, adapter, evaluators, self._carrier.now())
+    def _train(self, number: int, last: Checkpoint, present: Sequence[str], traffic: Traffic) -> Aggregate | None:
+        plan = self._plan
+        if plan.privacy.kind != "none":
+            assert self._accounts is not None
+            self._accounts.spend(number)
+        cohort = sample_cohort(plan, number, present)
+        wanted = cohort_size(plan.cohort, len(present)) if plan.cohort.over_selection else None
+        norm = last.bounds.clipping_norm
+        if not self._secure:
+            now = self._carrier.now()
+            training = TrainingRound(plan, self._run, number, last.adapter, cohort, self._rule, now, wanted, norm)
+            self._carrier.carry(training, "training", traffic)
+            return training.result()
+        work = Train(pack_state(last.adapter, plan.delivery.dtype), norm)
+        shapes = trained_shapes(plan, last.adapter, number)
+        ranges = tuple(last.bounds.ranges[name] for name in sorted(shapes))
+        secure = self._add_up(number, work, shapes, ranges, cohort, wanted, traffic)
+        return None if secure.sum is None else release(plan, self._rule, secure.sum, secure.clients, norm)
+
+    def _evaluate(self, number: int, adapter: State, present: Sequence[str], traffic: Traffic) -> Score | None:
+        plan = self._plan
+        if not plan.measures:
+            return None
+        evaluators = sample_evaluators(plan, present)
+        if self._secure:
+            work = Evaluate(pack_state(adapter, plan.delivery.dtype))
+            secure = self._add_up(number, work, {}, (), evaluators, None, traffic)
+            return None if secure.sum is None else scored(secure.sum, secure.clients)
+        evaluation = EvaluationRound(plan, self._run, number, adapter, evaluators, self._carrier.now())
         self._carrier.carry(evaluation, "evaluating", traffic)
-        score = evaluation.result()
-        return (score.loss, score.accuracy) if score else (None, None)
+        return evaluation.result()
+
+    def _add_up(
+        self,
+        number: int,
+        work: Train | Evaluate,
+        shapes: Shapes,
+        ranges: tuple[float, ...],
+        nodes: Sequence[str],
+        wanted: int | None,
+        traffic: Traffic,
+    ) -> SecureRound:
+        """Have `nodes` do the work and add up what it comes to, so that nobody sees anything but the sum."""
+        plan, charter = self._plan, self._carrier.charter
+        subject = Subject(
+            plan=bytes.fromhex(plan.digest),
+            backbone=bytes.fromhex(charter.backbone),
+            frozen=bytes.fromhex(charter.frozen),
+            purpose="train" if isinstance(work, Train) else "evaluate",
+            adapter=bytes.fromhex(digest(unpack_state(work.adapter))),
+            clipping_norm=work.clipping_norm if isinstance(work, Train) else None,
+            ranges=ranges,
+        )
+        identities = self._carrier.identities(nodes)
+        session = secrets.token_bytes(32)
+        secure = SecureRound(
+            plan, self._run, number, work, subject, shapes, identities, session, self._carrier.now, wanted
+        )
+        for activity, one in secure.steps():
+            self._carrier.carry(one, activity, traffic)
+        if secure.failure:
+            traffic.note({"(all)": secure.failure})
+        return secure
+
+
+def _told(score: Score | None) -> tuple[float | None, float | None]:
+    return (score.loss, score.accuracy) if score else (None, None)
 
 
 def improvement(before: float | None, after: float | None) -> float | None:

@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from farfield.emulator.methods import TuningMethod, advice
 from farfield.protocols.plan import Plan
+from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism, promised
 
 from .conductor import improvement
 from .results import Result
@@ -171,7 +173,10 @@ def print_result(console: Console, result: Result) -> None:
         table.add_row("Centralised", _number(result.centralised.eval_loss), text)
     console.print(table, highlight=False)
     folder = escape(str(result.folder))
-    console.print(f"\n[bold]Adapter[/]  {folder}/adapter", highlight=False, soft_wrap=True)
+    adapter = f"{folder}/adapter"
+    if result.document()["adapter"] is None:
+        adapter = f"each client has its own: coordinator export {folder} OUT --client NAME"
+    console.print(f"\n[bold]Adapter[/]  {adapter}", highlight=False, soft_wrap=True)
     console.print(f"[bold]Digest[/]   {result.adapter_digest}", highlight=False, soft_wrap=True)
     console.print(f"[bold]Plot[/]     {folder}/loss.png", highlight=False, soft_wrap=True)
     console.print(
@@ -184,7 +189,37 @@ def print_result(console: Console, result: Result) -> None:
 _PROTECTION = {
     "none": "none: whoever carries an update can read it; for simulations only",
     "sealed": "sealed: the coordinator can read each client's update, and nobody on the way",
+    "secagg": "secagg: nobody can read a client's update; the coordinator learns the sum",
 }
+
+
+def _protection(plan: Plan) -> str:
+    assert plan.protection.kind is not None
+    return _PROTECTION[plan.protection.kind]
+
+
+def _privacy(plan: Plan) -> str:
+    """What is promised, and on which terms. Raises PrivacyError where it cannot be kept."""
+    made, spent, wanted = mechanism(plan), promised(plan), plan.privacy
+    if made is None or spent is None:
+        return "none: no differential privacy"
+    pld = f"PLD {spent.epsilon_pld:.4g}" if spent.epsilon_pld is not None else f"no PLD: {spent.why_no_pld}"
+    epsilon = f"ε = {spent.epsilon:.4g} at δ = {spent.delta:g} ({spent.accountant}; RDP {spent.epsilon_rdp:.4g}, {pld})"
+    clipping = f"noise multiplier {made.noise_multiplier:g}, clipping norm {wanted.clipping_norm:g}"
+    if isinstance(made, ExampleMechanism):
+        terms = (
+            f"each example is in a step's batch with probability {made.sampling_rate:g}, drawn by its client, in "
+            f"{made.steps} steps of each of {plan.training.rounds} rounds; its client adds the noise"
+        )
+    else:
+        adds = "the coordinator adds the noise, once" if made.noise == "central" else "the clients add it in shares"
+        followed = "" if made.count_noise is None else f", which follows the {wanted.target_quantile:.0%} quantile"
+        terms = (
+            f"a client is counted in each of {plan.training.rounds} rounds, for nothing keeps it from being drawn; "
+            f"{adds}{followed}"
+        )
+    measured = "held-out losses are not covered" if wanted.exact_evaluation else "nothing is evaluated"
+    return f"{epsilon} for one {wanted.kind}; {clipping}; {terms}; {measured}"
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -210,9 +245,13 @@ def print_plan(console: Console, plan: Plan) -> None:
         "evaluation": f"every {plan.evaluation.every} round(s), on {plan.data.held_out:.0%} of the examples of up to "
         f"{plan.evaluation.clients} clients",
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
-        "protection": _PROTECTION[plan.protection.kind],
-        "privacy": "none: no differential privacy",
+        "protection": _protection(plan),
+        "privacy": _privacy(plan),
     }
+    assert isinstance(plan.tuning, TuningMethod)
+    advised = advice(plan.tuning)
+    if advised and (plan.protection.kind == "secagg" or plan.privacy.kind != "none"):
+        rows["advice"] = advised
     console.print(f"[bold]digest[/]           {plan.digest}", highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True, min_width=15)

@@ -24,19 +24,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from farfield.protocols import plan as plans
 from farfield.protocols.envelope import Charter, Signer
 from farfield.protocols.errors import BackboneError, RunError, ServiceError
+from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
+from farfield.protocols.secagg import Terms
 from farfield.protocols.tensors import State
 
+from .accounts import accounts
 from .conductor import Conductor
 from .runs import Checkpoint, RunFolder, RunInfo, writing
-from .simulation import Fleet, FolderJournal, Observer, SimulatedParticipant, bound_memory, identity, sources
+from .simulation import Fleet, FolderJournal, Observer, SimulatedParticipant, bound_memory, identity, sessions, sources
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
@@ -56,6 +59,7 @@ may speak to it may run code.
 """
 
 _NAME: Final = "name"
+_SESSIONS: Final = "sessions"
 
 _POLL_SECONDS: Final = 0.05
 _LEAVE_SECONDS: Final = 30.0
@@ -98,7 +102,7 @@ def client_app(setting: Setting) -> ClientApp:
     """The edge client's app, which also tells which of the clients it is."""
     from farfield.edge_client.flower import make_app
 
-    app = make_app(partial(_participant, setting))
+    app = make_app(partial(_Client, setting))
     app.query()(partial(_introduce, setting))
     return app
 
@@ -106,19 +110,41 @@ def client_app(setting: Setting) -> ClientApp:
 def _introduce(setting: Setting, message: Message, context: Context) -> Message:
     from flwr.app import ConfigRecord, Message, RecordDict
 
-    return Message(RecordDict({_NAME: ConfigRecord({_NAME: _participant(setting, context).name})}), reply_to=message)
+    return Message(RecordDict({_NAME: ConfigRecord({_NAME: _name(setting, context)})}), reply_to=message)
 
 
-def _participant(setting: Setting, context: Context) -> SimulatedParticipant:
-    fleet, sealed = _fleet(setting)
-    name = fleet.names[int(context.node_config["partition-id"])]
-    coordinator = Ed25519PublicKey.from_public_bytes(setting.coordinator)
-    return SimulatedParticipant(name, fleet, identity(setting.secret, name), coordinator, sealed)
+def _name(setting: Setting, context: Context) -> str:
+    fleet, _ = _fleet(setting)
+    return fleet.names[int(context.node_config["partition-id"])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """One client in whichever process is to be it now. Its secure aggregations go with Flower's context of the node."""
+
+    setting: Setting
+    context: Context
+
+    def answer(self, parcel: Parcel) -> Parcel:
+        from flwr.app import ConfigRecord
+
+        (fleet, plan), name = _fleet(self.setting), _name(self.setting, self.context)
+        own, records = identity(self.setting.secret, name), self.context.state.config_records
+        taking_part = sessions(plan, name, own)
+        if taking_part is not None and _SESSIONS in records:
+            taking_part.restore(cast("dict[str, list[bytes]]", records[_SESSIONS]), Terms(1, 1))
+        coordinator = Ed25519PublicKey.from_public_bytes(self.setting.coordinator)
+        sealed = plan.protection.kind != "none"
+        try:
+            return SimulatedParticipant(name, fleet, own, coordinator, sealed, taking_part).answer(parcel)
+        finally:
+            if taking_part is not None:
+                records[_SESSIONS] = ConfigRecord(dict(taking_part.dump()))
 
 
 @cache
-def _fleet(setting: Setting) -> tuple[Fleet, bool]:
-    """All clients, at the one bench of this process; and whether their replies are to be sealed."""
+def _fleet(setting: Setting) -> tuple[Fleet, Plan]:
+    """All clients, at the one bench of this process, and their Plan."""
     bound_memory()
     from farfield.emulator import backbone, methods
     from farfield.emulator.bench import Bench
@@ -130,7 +156,7 @@ def _fleet(setting: Setting) -> tuple[Fleet, bool]:
         raise BackboneError(f"the backbone in {folder} is not the one that this run began with")
     plan = plans.restore(setting.plan, methods.registered(), where=f"run {info.run}")
     clients = sources(info.clients, Path(info.data) if info.data else None)
-    return Fleet(plan, Bench(plan, folder), clients), plan.protection.kind == "sealed"
+    return Fleet(plan, Bench(plan, folder), clients), plan
 
 
 def go(
@@ -209,7 +235,8 @@ class _Federation:
         carrier = GridCarrier(
             post, _Roll(present, self.stop), self.plan, charter, self.signer, clock=lambda: 0.0, workers=1
         )
-        return Conductor(self.plan, run, carrier, FolderJournal(self.folder, self.observer)).go(initial)
+        journal = FolderJournal(self.folder, self.observer)
+        return Conductor(self.plan, run, carrier, journal, accounts(self.plan, run, self.folder.path)).go(initial)
 
     def _meet(self, grid: Grid, clients: int) -> dict[str, int]:
         """Flower's number of each client, by name. Only the nodes know which client they are, so they are asked.

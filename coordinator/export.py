@@ -5,21 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from farfield.emulator import backbone
-from farfield.protocols.errors import RunError
+from farfield.protocols.errors import RunError, TuningError
 
 from . import plans
 from .runs import RunFolder, writing
 
 
-def export(run: Path, out: Path, *, merged: bool) -> int:
+def export(run: Path, out: Path, *, merged: bool, client: str | None = None) -> int:
     """Write the adapter after the run's last finished round to `out`, and return that round's number.
+
+    Where each client keeps a part of the adapter for itself, `client` says whose is meant; only a simulation has them.
 
     With `merged`, `out` becomes a model folder with the adapter folded into the backbone, in the Plan's dtype, with the
     tokenizer beside it.
 
     Raises:
         RunError: `run` is no run, has no finished round, its backbone is not what it was, or `out` cannot be written.
-        TuningError: the tuning method has nothing to fold in.
+        TuningError: the tuning method has nothing to fold in; or each client has an adapter of its own and `client` is
+            missing, or all share one and it is not.
     """
     folder = RunFolder.open(run)
     info = folder.info
@@ -36,8 +39,13 @@ def export(run: Path, out: Path, *, merged: bool) -> int:
 
     from farfield.emulator.bench import Bench
 
+    from .simulation import kept_by
+
     bench = Bench(plan, model_folder)
-    bench.load(folder.load(finished[-1]).adapter)
+    own = kept_by(folder, client, finished[-1]) if bench.local() else None
+    if client is not None and not bench.local():
+        raise TuningError("all clients share one adapter", where=folder.path, hint="Leave --client out.")
+    bench.load(folder.load(finished[-1]).adapter, own)
     with writing(out), backbone.silent_transformers():
         if merged:
             bench.method.merge(bench.tuned).save_pretrained(out)

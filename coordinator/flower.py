@@ -31,14 +31,15 @@ from farfield.protocols import codec, plan
 from farfield.protocols.envelope import Charter, Desk, Member, Signer, sign_charter
 from farfield.protocols.errors import FarfieldError, RunError, StorageError, TrustError, WireError
 from farfield.protocols.flower import body_record, from_record, to_record
-from farfield.protocols.messages import Task, Train
+from farfield.protocols.messages import Evaluate, Task
 from farfield.protocols.parcel import release_freed_frames
 from farfield.protocols.plan import Plan
 
+from .accounts import accounts
+from .asking import Verdict
 from .conductor import Conductor, Round, Traffic
 from .home import Home
 from .results import conclude, save_adapter
-from .rounds import Verdict
 from .runs import Checkpoint, RunFolder
 from .storage import Node, Run, RunState, Store
 
@@ -133,9 +134,12 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
     bench = Bench(parsed, bundle.folder)
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
-    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen)
+    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen, home.roster())
     carrier = GridCarrier(grid, roll, parsed, charter, home.authority().signer())
-    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll)).go(initial)
+    account = accounts(parsed, run.name, home.path, home.budget)
+    if account is not None:
+        account.begin(max((record.round for record in folder.records()), default=0))
+    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll), account).go(initial)
     if not any(record.clients for record in folder.records()):
         raise RunError(
             "no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why."
@@ -331,8 +335,9 @@ class GridCarrier:
             workers: how many threads ask for replies.
         """
         self._grid, self._roll, self._clock, self._puller = grid, roll, clock, _Puller(grid, workers)
-        self._charter, self._signer = sign_charter(charter, signer), signer
-        self._sealed, self._seconds = plan.protection.kind == "sealed", plan.cohort.round_seconds
+        self.charter = charter
+        self._signed, self._signer = sign_charter(charter, signer), signer
+        self._sealed, self._seconds = plan.protection.kind != "none", plan.cohort.round_seconds
         self._overdue: dict[str, Task] = {}
 
     def now(self) -> float:
@@ -352,10 +357,14 @@ class GridCarrier:
                 log.info("waiting for clients: %d of at least %d are there", said, at_least)
             time.sleep(WATCH_SECONDS / 4)
 
+    def identities(self, nodes: Iterable[str]) -> Mapping[str, bytes]:
+        present = self._roll.present()
+        return {name: present[name].member.signing.public_bytes_raw() for name in nodes if name in present}
+
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         self._roll.say(f"round {round_.number}: {activity}")
         expires = time.time() + self._seconds + CLOCK_SECONDS
-        desk = Desk(self._charter, self._signer, round_.work, expires=expires, sealed=self._sealed)
+        desk = Desk(self._signed, self._signer, round_.work, expires=expires, sealed=self._sealed)
         asked = self._push(round_, desk, traffic)
         watched = time.monotonic()
         while not round_.closed:
@@ -382,7 +391,7 @@ class GridCarrier:
         """Put the round's tasks on the grid; what was asked, by the id of its message."""
         shared = body_record(desk.frames)
         present = self._roll.present()
-        kind = "train" if isinstance(round_.work, Train) else "evaluate"
+        kind = "evaluate" if isinstance(round_.work, Evaluate) else "train"
         messages, waiting = [], []
         for task in round_.tasks():
             node = present.get(task.node)

@@ -4,9 +4,11 @@
         coordinator.toml      settings; 0600, as the database's URL may hold a password
         farfield.db           the database, unless [database] names another
         keys/                 the authority's, the server's and the signer's (authority.py); 0700, files 0600
+        roster.json           the consortium's signed roster (protocols/roster.py), if there is one
         runs/RUN/             run folders (runs.py)
         superlink/            Flower's home
         logs/                 superlink.log, and the runs' logs
+        ledger.jsonl          what runs have spent of their populations' privacy
         serve.lock            held by the one `coordinator serve`
 
 Whoever may write in the home is the coordinator: commands reach the service through the database, and nothing else
@@ -43,6 +45,8 @@ from farfield.protocols.complaints import complaint
 from farfield.protocols.errors import HomeError
 
 if TYPE_CHECKING:
+    from farfield.protocols.privacy.ledger import Budget
+
     from .authority import Authority
     from .storage import Store
 
@@ -166,6 +170,18 @@ class Runs(Section):
     parallel: Annotated[int, Field(ge=1)] = 1
 
 
+class Privacy(Section):
+    """The most privacy that the runs over one population may spend in total.
+
+    Attributes:
+        max_epsilon: ε; None limits nothing.
+        delta: δ.
+    """
+
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+
 class Settings(Section):
     """coordinator.toml."""
 
@@ -173,6 +189,7 @@ class Settings(Section):
     database: Database = Database()
     limits: Limits = Limits()
     runs: Runs = Runs()
+    privacy: Privacy = Privacy()
 
 
 _TEMPLATE: Final = """\
@@ -205,6 +222,12 @@ calls_per_second = {calls_per_second}
 [runs]
 # How many runs work at the same time; others wait.
 parallel = {parallel}
+
+[privacy]
+# The most ε, at delta, that runs over one population may spend in total. A population is named by a Plan's
+# `privacy.population`; `coordinator ledger` shows what was spent. Without it nothing limits them.
+# max_epsilon = 8.0
+delta = {delta}
 """
 
 
@@ -303,6 +326,27 @@ class Home:
     @property
     def lock(self) -> Path:
         return self.path / "serve.lock"
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the runs over one population may spend; None where nothing limits them."""
+        from farfield.protocols.privacy.ledger import Budget
+
+        settings = self.settings.privacy
+        return None if settings.max_epsilon is None else Budget(settings.max_epsilon, settings.delta)
+
+    @property
+    def roster_file(self) -> Path:
+        return self.path / "roster.json"
+
+    def roster(self) -> bytes:
+        """A consortium's signed roster, as it was installed; empty where none was. Raises HomeError."""
+        try:
+            return self.roster_file.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise HomeError(f"cannot be read: {error.strerror}", where=self.roster_file) from None
 
     def authority(self) -> Authority:
         """Its keys. Raises HomeError when they are missing or damaged."""

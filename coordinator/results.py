@@ -48,13 +48,21 @@ class Result:
         """The result as JSON-ready values; `rounds` leaves out the evaluation before the first round."""
         return asdict(self) | {
             "folder": str(self.folder),
-            "adapter": str(self.folder / "adapter"),
+            "adapter": str(adapter) if (adapter := self.folder / "adapter").exists() else None,
             "rounds": [asdict(record) for record in self.rounds if record.round],
         }
 
 
 def save_adapter(folder: RunFolder, bench: Bench, last: Checkpoint) -> None:
-    """Write the final adapter in its method's format. Raises RunError when the disk refuses."""
+    """Write the final adapter in its method's format, where all clients share it.
+
+    Where each keeps a part of its own there is none to write: what they share changes nothing by itself.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    if bench.local():
+        return
     bench.load(last.adapter)
     with writing(folder.adapter_folder):
         bench.method.save(bench.tuned, folder.adapter_folder)

@@ -15,49 +15,26 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farfield.emulator.methods import TuningMethod
 from farfield.protocols.errors import WireError
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Refused, Reply, Task, Train, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Reply, Train, Trained
 from farfield.protocols.plan import Cohort, Plan
+from farfield.protocols.privacy import central
+from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism
 from farfield.protocols.seeds import derive
+from farfield.protocols.summing import Sum, marks
 from farfield.protocols.tensors import ITEM_BYTES, State, Tensor, pack_state, unpack
 
 from .aggregation import SumRule
-
-
-class Verdict(Enum):
-    """What became of a reply."""
-
-    ACCEPTED = "accepted"
-    LATE = "late"
-    STRAY = "stray"
-    FAILED = "failed"
-    REFUSED = "refused"
-    INVALID = "invalid"
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregate:
-    """What a training round came to.
-
-    Attributes:
-        update: Δ, the aggregated update, float32, by tensor name.
-        loss: mean training loss of the counted clients in nats, weighted by their targets.
-        clients: nodes whose updates were counted.
-    """
-
-    update: State
-    loss: float
-    clients: tuple[str, ...]
-    examples: int
-    targets: int
-    steps: int
+from .asking import Answers, Asking, Verdict
+from .releasing import Aggregate, release
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,106 +76,17 @@ def sample_evaluators(plan: Plan, present: Iterable[str]) -> list[str]:
     return sorted(generator.sample(nodes, min(plan.evaluation.clients, len(nodes))))
 
 
-@dataclass(slots=True)
-class _Ledger:
-    """Who was asked, who still owes an answer, and what went wrong: the part that all rounds share."""
-
-    plan: Plan
-    run: str
-    number: int
-    nodes: tuple[str, ...]
-    deadline: float
-    wanted: int | None = None
-    waiting: set[str] = field(init=False)
-    counted: int = 0
-    expired: bool = False
-    problems: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.waiting = set(self.nodes)
-
-    @property
-    def closed(self) -> bool:
-        return self.expired or not self.waiting or self.counted == self.wanted
-
-    def admit(self, reply: Reply, now: float) -> Verdict | None:
-        """None for a reply that may count; the sender is then no longer waited for."""
-        addressed = (reply.run, reply.round, reply.plan_digest) == (self.run, self.number, self.plan.digest)
-        if not addressed or reply.node not in self.nodes:
-            return Verdict.STRAY
-        self.tick(now)
-        if reply.node not in self.waiting:
-            return Verdict.LATE if reply.node in self.problems else Verdict.STRAY
-        if self.closed:
-            return Verdict.LATE
-        self.waiting.discard(reply.node)
-        match reply.outcome:
-            case Failed(reason):
-                self.problems[reply.node] = reason
-                return Verdict.FAILED
-            case Refused(reason):
-                self.problems[reply.node] = f"refused: {reason}"
-                return Verdict.REFUSED
-        return None
-
-    def lose(self, node: str, reason: str) -> None:
-        if node in self.waiting:
-            self.waiting.discard(node)
-            self.problems[node] = reason
-
-    def tick(self, now: float) -> None:
-        if not self.closed and now >= self.deadline:
-            self.expired = True
-            for node in sorted(self.waiting):
-                self.lose(node, f"no answer within {self.plan.cohort.round_seconds:g} s")
-
-    def reject(self, node: str, reason: str) -> Verdict:
-        self.problems[node] = reason
-        return Verdict.INVALID
+def trained_shapes(plan: Plan, adapter: State, number: int) -> dict[str, tuple[int, ...]]:
+    """By name, the shapes of what is trained in round `number`: all of the adapter, or a part of it by turns."""
+    assert isinstance(plan.tuning, TuningMethod)
+    trained = plan.tuning.sharing.trained_in
+    return {name: array.shape for name, array in adapter.items() if trained(name, number)}
 
 
-class _Round:
-    """What all rounds share: tasks of one kind go out, and the ledger knows who still owes an answer."""
-
-    def __init__(self, ledger: _Ledger, work: Train | Evaluate) -> None:
-        self._ledger = ledger
-        self._work = work
-
-    @property
-    def closed(self) -> bool:
-        return self._ledger.closed
-
-    @property
-    def number(self) -> int:
-        return self._ledger.number
-
-    @property
-    def work(self) -> Train | Evaluate:
-        return self._work
-
-    @property
-    def waiting(self) -> frozenset[str]:
-        """Who has not answered yet. They may still be there when the round has closed without them."""
-        return frozenset(self._ledger.waiting)
-
-    @property
-    def problems(self) -> Mapping[str, str]:
-        return self._ledger.problems
-
-    def tasks(self) -> Iterable[Task]:
-        ledger = self._ledger
-        for node in ledger.nodes:
-            yield Task(ledger.run, ledger.number, node, ledger.plan.digest, self._work, len(ledger.nodes))
-
-    def lose(self, node: str, reason: str) -> None:
-        self._ledger.lose(node, reason)
-
-    def tick(self, now: float) -> None:
-        self._ledger.tick(now)
-
-
-class TrainingRound(_Round):
+class TrainingRound(Asking):
     """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
+
+    An update holds what the tuning method trains in this round: all of the adapter, or a half of it by turns.
 
     Memory is one update's size whatever the number of clients: the sum. `problems` says by node what went wrong.
     """
@@ -213,13 +101,24 @@ class TrainingRound(_Round):
         rule: SumRule,
         now: float,
         wanted: int | None = None,
+        clipping_norm: float | None = None,
     ) -> None:
-        """`wanted`: with how many updates the round closes, if others of the cohort still work; None waits for all."""
-        ledger = _Ledger(plan, run, number, tuple(cohort), now + plan.cohort.round_seconds, wanted)
-        super().__init__(ledger, Train(pack_state(adapter, plan.delivery.dtype)))
+        """
+        Args:
+            wanted: with how many updates the round closes, if others of the cohort still work; None waits for all.
+            clipping_norm: the L2 norm to which clients clip their updates; any longer one is clipped again here.
+        """
+        answers = Answers(plan, run, number, tuple(cohort), now, plan.cohort.round_seconds, wanted)
+        super().__init__(answers, Train(pack_state(adapter, plan.delivery.dtype), clipping_norm))
         self._rule = rule
-        self._shapes = {name: array.shape for name, array in adapter.items()}
-        self._sum: State = {}
+        self._shapes = trained_shapes(plan, adapter, number)
+        self._clipping_norm = clipping_norm
+        made = mechanism(plan)
+        self._mark = marks(made, clipping_norm) if isinstance(made, ClientMechanism) and clipping_norm else np.zeros(0)
+        self._marks = np.zeros(self._mark.size)
+        # In single precision the order of the sum would change it by more than noise can well be made for.
+        self._dtype = np.float32 if clipping_norm is None else np.float64
+        self._sum: dict[str, NDArray[Any]] = {}
         self._weight = 0.0
         self._counted: list[str] = []
         self._examples = self._targets = self._steps = 0
@@ -227,15 +126,15 @@ class TrainingRound(_Round):
 
     def receive(self, reply: Reply, now: float) -> Verdict:
         """Count the reply, if it may count. A reply that is not counted changes no number."""
-        refused = self._ledger.admit(reply, now)
+        refused = self._answers.admit(reply, now)
         if refused is not None:
             return refused
         if not isinstance(reply.outcome, Trained):
-            return self._ledger.reject(reply.node, "answered a training task with something else")
+            return self._answers.reject(reply.node, "answered a training task with something else")
         try:
             self._check(reply.outcome)
         except WireError as error:
-            return self._ledger.reject(reply.node, str(error))
+            return self._answers.reject(reply.node, str(error))
         self._add(reply.node, reply.outcome)
         return Verdict.ACCEPTED
 
@@ -243,63 +142,77 @@ class TrainingRound(_Round):
         """The aggregate of a closed round, once; None when fewer than `cohort.minimum` updates came."""
         if not self.closed:
             raise RuntimeError("the round is still open")
-        if len(self._counted) < self._ledger.plan.cohort.minimum:
+        if len(self._counted) < self._answers.plan.cohort.minimum:
             return None
-        update = self._rule.finish(self._sum, self._weight)
-        self._sum = {}
-        loss = self._loss / self._targets
-        return Aggregate(update, loss, tuple(self._counted), self._examples, self._targets, self._steps)
+        told = (self._weight, self._examples, self._targets, self._loss, self._steps)
+        total, self._sum = Sum(self._sum, *told, mark=self._marks, slack=self._slack), {}
+        return release(self._answers.plan, self._rule, total, tuple(self._counted), self._clipping_norm)
+
+    @property
+    def _slack(self) -> float:
+        """What the order of the sum can change it by, where it matters."""
+        return central.summing_slack(len(self._counted), self._clipping_norm or 0.0)
 
     def _check(self, trained: Trained) -> None:
         """Raises WireError unless the update's tensors are what was asked for, finite, and remain so in the sum."""
-        if not (trained.examples and trained.targets):
+        if self._answers.plan.privacy.kind == "none" and not (trained.examples and trained.targets):
             raise WireError("an update from no example")
-        _check_loss(trained, len(self._ledger.nodes))
+        _check_loss(trained, len(self._answers.nodes))
         shapes = {name: tensor.shape for name, tensor in trained.update.items()}
         if shapes != self._shapes:
             odd = sorted(set(shapes.items()) ^ set(self._shapes.items()))
             raise WireError(f"the update's tensors differ from the adapter's, first at {odd[0][0]!r} {odd[0][1]}")
         # Half of what a sum of so many can hold: what is added is rounded.
-        largest = np.finfo(np.float32).max / 2 / len(self._ledger.nodes) / self._rule.weight(trained)
+        largest = np.finfo(np.float32).max / 2 / len(self._answers.nodes) / self._rule.weight(trained)
         for name, tensor in trained.update.items():
             if not all((np.abs(block) <= largest).all() for block in _unpacked(tensor)):  # of NaN, too
                 raise WireError(f"the update has values that are not finite, or too large to add, first in {name!r}")
 
     def _add(self, node: str, trained: Trained) -> None:
         weight = self._rule.weight(trained)
+        scale = np.float32(weight)
+        if self._clipping_norm is not None:
+            scale *= np.float32(self._shortened(trained, self._clipping_norm))
         for name, tensor in trained.update.items():
-            total = self._sum.setdefault(name, np.zeros(tensor.shape, np.float32))
+            total = self._sum.setdefault(name, np.zeros(tensor.shape, self._dtype))
             for part, block in zip(_blocks(total), _unpacked(tensor), strict=True):
-                part += np.float32(weight) * block
+                part += scale * block
         self._weight += weight
-        self._ledger.counted += 1
+        self._answers.counted += 1
         self._counted.append(node)
         self._examples += trained.examples
         self._targets += trained.targets
         self._steps += trained.steps
         self._loss += trained.loss * trained.targets
 
+    def _shortened(self, trained: Trained, norm: float) -> float:
+        """The factor that brings the update within `norm`: its client has clipped it, but need not have."""
+        blocks = (block for tensor in trained.update.values() for block in _unpacked(tensor))
+        before = math.sqrt(sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks))
+        self._marks += -self._mark if trained.clipped else self._mark
+        return 1.0 if before <= norm else norm / before * (1 - 2.0**-22)
 
-class EvaluationRound(_Round):
+
+class EvaluationRound(Asking):
     """Several clients measure one adapter on what they held out. Driven like a TrainingRound."""
 
     def __init__(
         self, plan: Plan, run: str, number: int, adapter: State, evaluators: Sequence[str], now: float
     ) -> None:
-        ledger = _Ledger(plan, run, number, tuple(evaluators), now + plan.cohort.round_seconds)
-        super().__init__(ledger, Evaluate(pack_state(adapter, plan.delivery.dtype)))
+        answers = Answers(plan, run, number, tuple(evaluators), now, plan.cohort.round_seconds)
+        super().__init__(answers, Evaluate(pack_state(adapter, plan.delivery.dtype)))
         self._scores: dict[str, Evaluated] = {}
 
     def receive(self, reply: Reply, now: float) -> Verdict:
-        refused = self._ledger.admit(reply, now)
+        refused = self._answers.admit(reply, now)
         if refused is not None:
             return refused
         if not isinstance(reply.outcome, Evaluated):
-            return self._ledger.reject(reply.node, "answered an evaluation task with something else")
+            return self._answers.reject(reply.node, "answered an evaluation task with something else")
         try:
-            _check_loss(reply.outcome, len(self._ledger.nodes))
+            _check_loss(reply.outcome, len(self._answers.nodes))
         except WireError as error:
-            return self._ledger.reject(reply.node, str(error))
+            return self._answers.reject(reply.node, str(error))
         if reply.outcome.targets:  # a client with a single example holds none out
             self._scores[reply.node] = reply.outcome
         return Verdict.ACCEPTED
@@ -325,7 +238,7 @@ def _check_loss(outcome: Trained | Evaluated, nodes: int) -> None:
 _BLOCK = 1 << 18
 
 
-def _blocks(array: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Views that together are `array`: what is computed from one is small, however large the array."""
     flat = array.reshape(-1)
     return (flat[at : at + _BLOCK] for at in range(0, flat.size, _BLOCK))

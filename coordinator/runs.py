@@ -5,7 +5,8 @@
         run.json                      digests, the backbone's folder, and the options outside the Plan
         checkpoints/round-0007.safetensors    adapter, server-optimiser state and the round's record
         metrics.jsonl                 one record a round
-        adapter/                      the final adapter in peft's format
+        local/CLIENT/                 what each simulated client keeps of its adapter for itself
+        adapter/                      the final adapter in peft's format, where all clients share it
         loss.png  result.json
 
 A checkpoint is written beside its name and then moved there, so it is whole or absent; it carries the round's record,
@@ -30,6 +31,7 @@ from safetensors.numpy import save
 from farfield.protocols.errors import RunError
 from farfield.protocols.tensors import State
 
+from .bounds import Bounds
 from .server_optimizer import Moments
 
 
@@ -38,7 +40,8 @@ class RoundRecord:
     """What one round did: a line of `metrics.jsonl`.
 
     Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
-    `clients` is how many updates were counted (0: the round changed nothing); `problems` says by node what went wrong.
+    `clients` is how many updates were counted (0: the round changed nothing); `problems` says by node what went wrong;
+    `clipping_norm` is the norm to which whole updates were clipped, where they were.
     """
 
     round: int
@@ -51,6 +54,7 @@ class RoundRecord:
     seconds: float
     steps: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    clipping_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Checkpoint:
     record: RoundRecord
     adapter: State
     moments: Moments
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,10 @@ class RunFolder:
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def local_folder(self) -> Path:
+        return self.path / "local"
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from working on this run; released by the system when this process ends, even if killed.
@@ -155,7 +164,8 @@ class RunFolder:
         }
         number = checkpoint.record.round
         with writing(self.path):
-            raw = save(arrays, metadata={"record": json.dumps(asdict(checkpoint.record))})
+            metadata = {"record": asdict(checkpoint.record), "bounds": asdict(checkpoint.bounds)}
+            raw = save(arrays, metadata={key: json.dumps(value) for key, value in metadata.items()})
             _write(self._checkpoint(number), raw)
             if number:
                 with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -167,10 +177,11 @@ class RunFolder:
         groups: dict[str, State] = {"adapter": {}, "first": {}, "second": {}}
         with _reading(path), safe_open(path, "numpy") as file:
             record = RoundRecord(**json.loads(file.metadata()["record"]))
+            bounds = Bounds(**json.loads(file.metadata()["bounds"]))
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 group, _, name = key.partition("/")
                 groups[group][name] = file.get_tensor(key)
-        return Checkpoint(record, groups["adapter"], Moments(groups["first"], groups["second"]))
+        return Checkpoint(record, groups["adapter"], Moments(groups["first"], groups["second"]), bounds)
 
     def rounds(self) -> list[int]:
         """Numbers of the rounds that have a checkpoint: 0, 1, … Raises RunError when one between others is missing."""

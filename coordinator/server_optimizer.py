@@ -27,7 +27,10 @@ class Moments:
 
 
 def step(settings: Aggregation, adapter: State, update: State, moments: Moments) -> tuple[State, Moments]:
-    """The next adapter x and moments. Nothing passed in is changed; all arrays are float32 and keep their shapes."""
+    """The next adapter x and moments. Nothing passed in is changed; all arrays are float32 and keep their shapes.
+
+    Tensors that `update` does not hold rested in this round: they and their moments stay as they are.
+    """
     rate, beta1, beta2, tau = settings.learning_rate, settings.beta1, settings.beta2, settings.tau
     first: State = {}
     second: State = {}
@@ -44,4 +47,4 @@ def step(settings: Aggregation, adapter: State, update: State, moments: Moments)
             v = second[name] = (v - (1 - beta2) * shrink).astype(np.float32)
             direction = m / (np.sqrt(v) + tau)
         moved[name] = adapter[name] + rate * direction
-    return {**adapter, **moved}, Moments(first, second)
+    return {**adapter, **moved}, Moments(moments.first | first, moments.second | second)

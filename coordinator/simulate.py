@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from farfield.emulator import backbone
+from farfield.emulator.methods import TuningMethod
 from farfield.protocols.errors import PlanError, RunError
 from farfield.protocols.plan import Plan
 
@@ -65,6 +66,13 @@ def simulate(request: Request, progress: Progress) -> Result:
             where=folder.path if folder else "",
             hint="Leave --engine flower out.",
         )
+    assert isinstance(plan.tuning, TuningMethod)
+    if request.flower and plan.tuning.sharing.local:
+        raise RunError(
+            "each client of this Plan keeps a part of its adapter at home, and Flower's engine gives it none",
+            where=request.plan,
+            hint="Leave --engine flower out.",
+        )
     clients = sources(info.clients if info else request.clients, _data(request, info))
     if plan.cohort.minimum > len(clients):
         raise PlanError(
@@ -81,10 +89,11 @@ def simulate(request: Request, progress: Progress) -> Result:
 
     bench = Bench(plan, model_folder)
     initial = bench.adapter()
-    fleet = Fleet(plan, bench, clients)
+    name = info.run if info else f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
+    folder = folder or RunFolder(request.runs / name)
+    fleet = Fleet(plan, bench, clients, folder.local_folder)
     fleet.check(progress)
-    if folder is None or info is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
+    if info is None:
         data = str(request.data.absolute()) if request.data else None
         info = RunInfo(
             name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers

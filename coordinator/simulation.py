@@ -7,12 +7,13 @@ is kept, so memory does not grow with the number of clients.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import random
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,18 +22,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from farfield.protocols.envelope import Charter, Desk, Identity, Signer, close_reply, open_task, sign_charter
-from farfield.protocols.errors import DataError, PlanError, TrustError, WireError
-from farfield.protocols.messages import Failed, Participant, Reply, Task
+from farfield.protocols.errors import DataError, PlanError, TrustError, TuningError, WireError, did_you_mean
+from farfield.protocols.messages import Failed, Participant, Reply, Secure, Secured, Task
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
+from farfield.protocols.randomness import Randomness
+from farfield.protocols.secagg import Terms
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 
+from .accounts import accounts
 from .conductor import Conductor, Round, Traffic
 from .runs import Checkpoint, RoundRecord, RunFolder
 
 if TYPE_CHECKING:
     from farfield.edge_client.data import ClientData
+    from farfield.edge_client.local_state import LocalState
+    from farfield.edge_client.secure import Sessions, Work
     from farfield.emulator.bench import Bench
 
 CACHED_BYTES = 32_000_000
@@ -104,8 +110,10 @@ def sources(clients: int | None, data: Path | None) -> list[Source]:
 class Fleet:
     """The simulated clients: gives each by name as a participant, at one bench."""
 
-    def __init__(self, plan: Plan, bench: Bench, clients: Sequence[Source]) -> None:
+    def __init__(self, plan: Plan, bench: Bench, clients: Sequence[Source], keep: Path | None = None) -> None:
+        """`keep`: the folder where each client has one for what it keeps of its adapter at home."""
         self._plan = plan
+        self._keep = keep
         self._bench = bench
         self._sources = {client.name: client for client in clients}
         self._kept: OrderedDict[str, tuple[ClientData, int]] = OrderedDict()
@@ -118,10 +126,22 @@ class Fleet:
     def frozen(self) -> str:
         return self._bench.frozen
 
-    def client(self, name: str) -> Participant:
+    def client(self, name: str, sessions: Sessions | None = None) -> Participant:
+        from farfield.edge_client.secure import Ground
         from farfield.edge_client.worker import Worker
 
-        return Worker(name, self._bench, lambda: self.data(name))
+        def secure(task: Task, asked: Secure, work: Work) -> Secured:
+            assert sessions is not None
+            return sessions.answer(task, asked, Ground(self._plan, "", self.frozen, Terms(1, 1)), work)
+
+        taking_part = secure if sessions else None
+        return Worker(name, self._bench, lambda: self.data(name), kept=self.kept(name), secure=taking_part)
+
+    def kept(self, name: str) -> LocalState | None:
+        """Where the client keeps its own part of the adapter."""
+        from farfield.edge_client.local_state import LocalState
+
+        return LocalState(self._keep / name) if self._keep else None
 
     def data(self, name: str) -> ClientData:
         """The client's examples: those used last are kept, up to `CACHED_BYTES`, the others read again."""
@@ -162,12 +182,54 @@ class Fleet:
         return data.prepare(read, self._bench.tokenizer, plan.data, plan.model.task, seed, where)
 
 
+def kept_by(folder: RunFolder, client: str | None, number: int) -> State:
+    """What the simulated `client` kept of its adapter for itself, as it was after round `number`.
+
+    Raises:
+        TuningError: no client is named, or one that kept nothing.
+    """
+    from farfield.edge_client.local_state import LocalState
+
+    kept = sorted(path.name for path in folder.local_folder.iterdir()) if folder.local_folder.is_dir() else []
+    if client is None:
+        raise TuningError(
+            "each client has an adapter of its own, and what they share changes nothing by itself",
+            where=folder.path,
+            hint="Give --client NAME." if kept else "The other parts never left the clients.",
+        )
+    state = LocalState(folder.local_folder / client).after(number) if client in kept else None
+    if state is None:
+        raise TuningError(
+            f"no client {client!r} has trained in this run", where=folder.path, hint=did_you_mean(client, kept)
+        )
+    return state
+
+
 def identity(secret: bytes, client: str) -> Identity:
     """The keys of a simulated client, known wherever the run's secret is."""
     return Identity(
         Ed25519PrivateKey.from_private_bytes(hmac.digest(secret, b"signing" + client.encode(), "sha256")),
         X25519PrivateKey.from_private_bytes(hmac.digest(secret, b"sealing" + client.encode(), "sha256")),
     )
+
+
+def sessions(plan: Plan, name: str, own: Identity) -> Sessions | None:
+    """The secure aggregations of a simulated client, where the Plan has any.
+
+    Rounding follows the Plan's seed, so that a simulation comes out the same twice; noise follows nothing.
+    """
+    from farfield.edge_client.secure import Sessions
+
+    if plan.protection.kind != "secagg":
+        return None
+
+    def rounding(task: Task) -> Randomness:
+        if plan.privacy.kind != "none":
+            return Randomness()
+        seed = derive(plan.training.seed, "rounding", task.round, name)
+        return Randomness(hashlib.sha256(seed.to_bytes(8)).digest())
+
+    return Sessions(name, own.signing, rounding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +239,7 @@ class SimulatedParticipant:
     Attributes:
         coordinator: the key that must have signed the task.
         sealed: whether anything is to be sealed.
+        sessions: the secure aggregations that it takes part in; None where the Plan has none.
     """
 
     name: str
@@ -184,6 +247,7 @@ class SimulatedParticipant:
     identity: Identity
     coordinator: Ed25519PublicKey
     sealed: bool
+    sessions: Sessions | None
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to the task in `parcel`, whose frames are used up.
@@ -198,7 +262,8 @@ class SimulatedParticipant:
                 "this process draws other frozen adapter weights than the coordinator",
                 hint="The machines run different versions of torch or peft.",
             )
-        return close_reply(self.fleet.client(self.name).perform(opened.task), opened, self.identity.signing)
+        worker = self.fleet.client(self.name, self.sessions)
+        return close_reply(worker.perform(opened.task), opened, self.identity.signing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +288,19 @@ class Simulation:
         self._plan, self._fleet, self._faults, self._observer = plan, fleet, faults, observer
         self._run = folder.info.run
         self._journal = FolderJournal(folder, observer)
-        self._sealed = plan.protection.kind == "sealed"
+        self._accounts = accounts(plan, self._run, folder.path)
+        self._sealed = plan.protection.kind != "none"
         self._signer = Signer(Ed25519PrivateKey.generate())
-        self._charter = sign_charter(Charter(self._run, plan.canonical(), "", 0, fleet.frozen), self._signer)
+        self.charter = Charter(self._run, plan.canonical(), "", 0, fleet.frozen)
+        self._signed = sign_charter(self.charter, self._signer)
         self._secret = secrets.token_bytes(32)
+        own = {name: identity(self._secret, name) for name in fleet.names}
+        self._clients = {
+            name: SimulatedParticipant(
+                name, fleet, one, self._signer.key.public_key(), self._sealed, sessions(plan, name, one)
+            )
+            for name, one in own.items()
+        }
 
     def go(self, initial: State) -> Checkpoint:
         """Do the rounds that are left, and return the last checkpoint.
@@ -237,7 +311,7 @@ class Simulation:
         Raises:
             PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
-        return Conductor(self._plan, self._run, carrier=self, journal=self._journal).go(initial)
+        return Conductor(self._plan, self._run, self, self._journal, self._accounts).go(initial)
 
     def now(self) -> float:
         return 0.0
@@ -245,16 +319,19 @@ class Simulation:
     def gather(self, at_least: int) -> list[str]:
         return self._fleet.names
 
+    def identities(self, nodes: Iterable[str]) -> dict[str, bytes]:
+        return {name: self._clients[name].identity.member.signing.public_bytes_raw() for name in nodes}
+
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         """Carry every task to its client and every reply back; stragglers answer when the round is over."""
         over = self._plan.cohort.round_seconds
-        desk = Desk(self._charter, self._signer, round_.work, expires=over, sealed=self._sealed)
+        desk = Desk(self._signed, self._signer, round_.work, expires=over, sealed=self._sealed)
         tasks = list(round_.tasks())
         late: list[tuple[Parcel, Task]] = []
         for done, task in enumerate(tasks, 1):
             if round_.closed:
                 break
-            parcel = desk.address(task, identity(self._secret, task.node).member)
+            parcel = desk.address(task, self._clients[task.node].identity.member)
             traffic.down += parcel.size
             if activity == "training" and self._happens("dropout", self._faults.dropout, task):
                 round_.lose(task.node, "dropped out (simulated)")
@@ -270,11 +347,11 @@ class Simulation:
 
     def _exchange(self, parcel: Parcel, task: Task, desk: Desk, traffic: Traffic) -> Reply:
         """The client's reply to the task, both as the bytes that would travel."""
-        own, coordinator = identity(self._secret, task.node), self._signer.key.public_key()
-        answer = SimulatedParticipant(task.node, self._fleet, own, coordinator, self._sealed).answer(parcel)
+        client = self._clients[task.node]
+        answer = client.answer(parcel)
         traffic.up += answer.size
         try:
-            return desk.open(answer, task, own.member)
+            return desk.open(answer, task, client.identity.member)
         except WireError as error:
             return Reply.to(task, Failed(f"sent a reply that cannot be read: {error}"))
 

@@ -17,6 +17,7 @@ from farfield.emulator import backbone, bundle
 from farfield.protocols.errors import PlanError, RunError, StorageError
 
 from . import plans
+from .accounts import accounts
 from .home import Home
 from .runs import RoundRecord, RunFolder, RunInfo
 from .storage import BundleRow, Run, RunState, Store
@@ -36,6 +37,7 @@ def submit(path: Path, home: Home, store: Store, now: datetime) -> Run:
 
     Raises:
         PlanError, BackboneError: what has to be put right before anything could run.
+        PrivacyError: it would pass the budget of its population.
     """
     plan = plans.load(path)
     if plan.protection.kind == "none":
@@ -44,6 +46,8 @@ def submit(path: Path, home: Home, store: Store, now: datetime) -> Run:
             where=path,
             hint='A service runs "sealed" Plans; "none" is for simulations.',
         )
+    if (account := accounts(plan, "", home.path, home.budget)) is not None:
+        account.begin(0)
     folder = backbone.resolve(plan.model.backbone, path.absolute().parent).resolve()
     backbone.check(folder)
     manifest = bundle.describe(folder, "backbone")

@@ -93,7 +93,9 @@ def status(
     """Say who this node is, and what it does."""
     opened = Home.open(_place(home))
     settings, state, holder = opened.settings, opened.state(), opened.holder()
-    until = opened.keys().node_certificate().not_valid_after_utc
+    keys = opened.keys()
+    until = keys.node_certificate().not_valid_after_utc
+    signing = keys.signing_key().public_key().public_bytes_raw()
     used = _cache_bytes(opened)
     if as_json:
         known = (
@@ -103,6 +105,7 @@ def status(
             "home": str(opened.path),
             "node": settings.node.name,
             "coordinator": settings.coordinator.model_dump(),
+            "signing_key": signing.hex(),
             "data": settings.data.path,
             "running": holder is not None,
             "pid": holder or None,
@@ -120,6 +123,7 @@ def status(
         "process": _process(state, holder, now, opened.path),
         "last problem": (state.last_error if state else None) or "none",
         "certificate": f"valid until {until:%Y-%m-%d} ({_days(until, now)})",
+        "signing key": signing.hex(),
         "data": settings.data.path,
         "cache": f"{size(used)} of {size(settings.cache.max_bytes)}",
         "home": str(opened.path),
@@ -418,6 +422,8 @@ def _check_consent(consent: Consent) -> str:
                 f"consent.methods: there is no tuning method {method!r}", hint=did_you_mean(method, registered())
             )
     limits = {name: value for name, value in consent if value not in (None, (), "")}
+    if consent.max_epsilon is None:
+        del limits["delta"]
     return ", ".join(f"{name} = {homes.toml(value)}" for name, value in limits.items())
 
 

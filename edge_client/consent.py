@@ -65,6 +65,32 @@ class Consent(Section):
             "be made from this machine's data alone.",
         ),
     ] = 1
+    min_sum: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="The fewest clients, this one included, whose sum may be opened when others have dropped out.",
+        ),
+    ] = 2
+    roster_key: Annotated[
+        str,
+        Field(
+            pattern=r"^([0-9a-f]{64})?$",
+            description="Public key of a consortium; with it this machine adds its update only to those of nodes on a "
+            'roster that this key signed. "" asks for no roster.',
+        ),
+    ] = ""
+    max_epsilon: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        Field(
+            description="The most ε that runs may spend on this data in total; then runs without differential privacy "
+            "are refused.",
+            examples=[8.0],
+        ),
+    ] = None
+    delta: Annotated[
+        float, Field(gt=0, lt=1, description="The δ at which that ε is counted; well below one in the records here.")
+    ] = 1e-5
     max_rounds: Annotated[Limit, Field(description="The most rounds that a run may have.", examples=[100])] = None
     max_steps: Annotated[
         Limit,
@@ -171,6 +197,19 @@ def _refusals(consent: Consent, request: Request, now: datetime) -> Iterator[tup
         )
     if request.cohort < consent.min_cohort:
         yield "min_cohort", str(consent.min_cohort), f"asks {_clients(request.cohort)} in this round"
+    if plan.protection.kind == "secagg":
+        from farfield.protocols.summing import smallest_sum  # brings numpy, which most commands do without
+
+        if (fewest := smallest_sum(plan, request.cohort)) < consent.min_sum:
+            yield "min_sum", str(consent.min_sum), f"may open the sum of {_clients(fewest)} in this round"
+    elif consent.roster_key:
+        yield (
+            "roster_key",
+            repr(consent.roster_key),
+            f"sends updates with protection {plan.protection.kind!r}, where the coordinator reads each, roster or not",
+        )
+    if consent.max_epsilon is not None and plan.privacy.kind == "none":
+        yield "max_epsilon", f"{consent.max_epsilon:g}", "has no differential privacy"
     counted = [
         ("max_rounds", consent.max_rounds, training.rounds, "has {} rounds"),
         ("max_steps", consent.max_steps, training.steps, "asks for {} steps a round"),

@@ -236,22 +236,26 @@ def arrange(examples: Sequence[Example], data: Data) -> list[Example]:
 
     With `packing`, tokens (and labels) of all examples in turn make one stream that is cut into blocks of exactly
     `max_length`; without, each example that is longer is cut into pieces. A last block or piece of fewer than
-    `MIN_TOKENS` tokens is dropped, but without packing a short record is kept whole. Class examples are returned as
+    `MIN_TOKENS` tokens is dropped, but without packing a short record is kept whole; with `truncate` only the first
+    piece of each is kept. Class examples are returned as
     they are: they have been cut and are never packed.
     """
     tokens = [example for example in examples if isinstance(example, TokenExample)]
     if len(tokens) < len(examples):
         return list(examples)
     pieces = (
-        _pieces(_joined(tokens), data.max_length, MIN_TOKENS) if data.packing else _each_cut(tokens, data.max_length)
+        _pieces(_joined(tokens), data.max_length, MIN_TOKENS)
+        if data.packing
+        else _each_cut(tokens, data.max_length, truncate=data.truncate)
     )
     # Labels from the second on: nothing predicts the first token.
     return [piece for piece in pieces if any(label != IGNORED for label in islice(piece.labels, 1, None))]
 
 
-def _each_cut(examples: list[TokenExample], size: int) -> Iterator[TokenExample]:
+def _each_cut(examples: list[TokenExample], size: int, *, truncate: bool) -> Iterator[TokenExample]:
     for example in examples:
-        yield from _pieces(example, size, MIN_TOKENS) if len(example.input_ids) > size else [example]
+        pieces = _pieces(example, size, MIN_TOKENS) if len(example.input_ids) > size else iter([example])
+        yield from islice(pieces, 1) if truncate else pieces
 
 
 def _joined(examples: list[TokenExample]) -> TokenExample:

@@ -4,6 +4,7 @@
         edge-client.toml     settings and consent; the owner edits it, and every start reads it anew
         keys/                ca.pem  tls.key tls.pem  fleet.key  signing.key  sealing.key   (folder 0700, files 0600)
         cache/               bundles by digest
+        local/               by run, what of its adapter never leaves this machine   (folder 0700, files 0600)
         state.json           what the resident process last did
         resident.lock        held by the one process that works here
 
@@ -51,6 +52,7 @@ SETTINGS: Final = "edge-client.toml"
 KEYS: Final = "keys"
 _PARTIAL: Final = "keys.partial"
 _CACHE: Final = "cache"
+_LOCAL: Final = "local"
 _STATE: Final = "state.json"
 _LOCK: Final = "resident.lock"
 
@@ -349,6 +351,11 @@ class Home:
         """The folder of downloaded bundles; it need not exist."""
         return self.path / _CACHE
 
+    @property
+    def local(self) -> Path:
+        """The folder of what the node keeps of adapters for itself; it need not exist."""
+        return self.path / _LOCAL
+
     def keys(self) -> Keys:
         """The keys. Raises HomeError when one is missing or may be read by others."""
         _check_permissions(self.path)
@@ -436,7 +443,7 @@ def vacant(path: Path) -> Iterator[Settings | None]:
 
 
 def forget(path: Path) -> None:
-    """Remove keys, cache and state, within `held`; the settings, with the owner's consent, stay.
+    """Remove keys, cache, parts of adapters and state, within `held`; the settings, with the owner's consent, stay.
 
     Raises:
         HomeError: the disk refuses.
@@ -448,6 +455,7 @@ def forget(path: Path) -> None:
         _sync(path)
         _remove(path / _PARTIAL)
         _remove(path / _CACHE)
+        _remove(path / _LOCAL)
         (path / _STATE).unlink(missing_ok=True)
 
 
@@ -645,4 +653,6 @@ def toml(value: object) -> str:
             return f"[{', '.join(map(toml, value))}]"
         case int():
             return f"{value:_}" if value >= 10_000_000 else str(value)
+        case float():
+            return repr(value)
     raise AssertionError(f"settings hold no {type(value).__name__}")

@@ -12,6 +12,7 @@ Data is opened in the fourth step and not before.
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 import traceback
 from collections import OrderedDict
@@ -26,18 +27,22 @@ from farfield.emulator import methods
 from farfield.protocols import plan as plans
 from farfield.protocols.envelope import Charter, Identity, Opened, close_reply, open_task
 from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
-from farfield.protocols.messages import Failed, Outcome, Refused, Reply, Train
+from farfield.protocols.messages import Evaluate, Failed, Outcome, Refused, Reply, Secure, Secured, Task, Train
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
+from farfield.protocols.secagg import Terms
 from farfield.protocols.seeds import derive
 
 from .consent import Consent, Request, check
+from .secure import Ground, Sessions
 
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
     from .data import ClientData
     from .home import Part
+    from .local_state import LocalState
+    from .secure import Work
 
 REMEMBERED: Final = 4096
 """How many nonces of past tasks are kept, so that none is done twice."""
@@ -56,6 +61,7 @@ class Participant:
         fetch: Callable[[str], Path],
         report: Callable[[str, int, str], None],
         clock: Callable[[], float] = time.time,
+        keep: Path | None = None,
     ) -> None:
         """
         Args:
@@ -64,9 +70,12 @@ class Participant:
             fetch: the folder of the backbone whose bundle has this digest.
             report: is told the run, the round, and what is being done about it.
             clock: seconds since 1970, by the coordinator's clock.
+            keep: the folder for parts of adapters that never leave this machine.
         """
         self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
         self._source, self._fetch, self._report, self._clock = source, fetch, report, clock
+        self._keep = keep
+        self._sessions = Sessions(node, identity.signing)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
         self._bench: Bench | None = None
@@ -96,7 +105,7 @@ class Participant:
             plan = plans.restore(charter.plan, methods.registered(), where=f"run {task.run}")
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
-            self._report(task.run, task.round, "training" if isinstance(task.work, Train) else "evaluating")
+            self._report(task.run, task.round, _activity(task))
             return self._perform(bench, opened)
         except ConsentError as error:
             self._report(task.run, task.round, f"refused: {error}")
@@ -147,7 +156,22 @@ class Participant:
             done += 1
             self._report(opened.task.run, opened.task.round, f"training, step {done}, loss {loss:.3f}")
 
-        return Worker(self._node, bench, lambda: self._read(bench), on_step).outcome(opened.task)
+        def secure(task: Task, asked: Secure, work: Work) -> Secured:
+            terms = Terms(self._consent.min_cohort, self._consent.min_cohort)
+            ground = Ground(bench.plan, opened.charter.backbone, bench.frozen, terms)
+            return self._sessions.answer(task, asked, ground, work)
+
+        worker = Worker(self._node, bench, lambda: self._read(bench), on_step, self._kept(opened), secure)
+        return worker.outcome(opened.task)
+
+    def _kept(self, opened: Opened) -> LocalState | None:
+        if self._keep is None:
+            return None
+        from .local_state import LocalState
+
+        # Run and Plan come from outside and name a folder here.
+        named = hashlib.sha256(f"{opened.task.run}\0{opened.task.plan_digest}".encode()).hexdigest()
+        return LocalState(self._keep / named)
 
     def _read(self, bench: Bench) -> ClientData:
         if self._data is None:
@@ -159,6 +183,16 @@ class Participant:
             seed = derive(plan.training.seed, "held-out", self._node)
             self._data = prepare(found, bench.tokenizer, plan.data, plan.model.task, seed, self._source)
         return self._data
+
+
+def _activity(task: Task) -> str:
+    match task.work:
+        case Train() | Secure(work=Train()):
+            return "training"
+        case Evaluate() | Secure(work=Evaluate()):
+            return "evaluating"
+        case Secure(step=step):
+            return f"secure aggregation: {step}"
 
 
 def _said(error: FarfieldError) -> str:

@@ -99,6 +99,7 @@ class Resident:
             lambda digest: self._cache.fetch(digest, self._channel, self._on_fetched),
             self._on_activity,
             clock=lambda: time.time() + self._attendance.ahead,
+            keep=home.local,
         )
         now = datetime.now(UTC)
         instance = secrets.token_hex(8)

@@ -136,7 +136,7 @@ def train(
     """
     device = next(tuned.model.parameters()).device
     masters = MasterWeights(tuned.trainable(), start)
-    optimizer = _optimizer(training, masters.values)
+    optimizer = make_optimizer(training, masters.values)
     stream = _micro_batches(examples, training, seed)
     total_loss, total_targets = 0.0, 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -173,14 +173,15 @@ def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_
     tuned.model.eval()
     loss, targets, correct = 0.0, 0, 0
     for batch in batches(examples, batch_size, seed=None, epoch=0):
-        logits, labels = _forward(tuned, collate(batch, pad_id), device)
+        logits, labels = forward(tuned, collate(batch, pad_id), device)
         loss += float(cross_entropy.summed(logits, labels))
         correct += cross_entropy.hits(logits, labels)
         targets += int((labels != cross_entropy.IGNORED).sum())
     return Measured(loss / targets, targets, correct)
 
 
-def _optimizer(training: Training, values: list[torch.Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(training: Training, values: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """The Plan's optimiser of `values`; whoever steps with it sets the rate."""
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             values, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
@@ -202,14 +203,14 @@ def _accumulate(tuned: Tuned, group: list[list[Example]], pad_id: int, device: t
     targets = sum(int((_targets(one) != cross_entropy.IGNORED).sum()) for one in collated)
     total = 0.0
     for one in collated:
-        logits, labels = _forward(tuned, one, device)
+        logits, labels = forward(tuned, one, device)
         loss = cross_entropy.summed(logits, labels)
         (loss / targets).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total, targets
 
 
-def _forward(
+def forward(
     tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels that belong to each other, position by position (a causal model predicts the next token)."""

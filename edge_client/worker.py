@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from farfield.emulator.bench import Bench
 from farfield.protocols.errors import FarfieldError, PlanError
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Secure, Secured, Task, Train, Trained
+from farfield.protocols.privacy import clipping
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import Tensor, pack_state, unpack_state
+from farfield.protocols.summing import Part, Shapes
+from farfield.protocols.tensors import State, pack_state, unpack_state
 
 from .data import ClientData
+from .local_state import LocalState
+from .secure import Work
 from .train import evaluate, local_steps, train
 
 
@@ -21,12 +25,16 @@ class Worker:
 
     Attributes:
         data: gives the client's examples; called for each task, so that what is not in use need not be in memory.
+        kept: where the client keeps its own part of the adapter, for methods that leave it one.
+        secure: takes the client's step in a secure aggregation, and calls back where work is to be done for it.
     """
 
     node: str
     bench: Bench
     data: Callable[[], ClientData]
     on_step: Callable[[float], None] | None = None
+    kept: LocalState | None = None
+    secure: Callable[[Task, Secure, Work], Secured] | None = None
 
     def perform(self, task: Task) -> Reply:
         """Do what the task says. Whatever the data, the Plan or the task make impossible becomes a `Failed` reply."""
@@ -35,41 +43,88 @@ class Worker:
         except FarfieldError as error:
             return Reply.to(task, Failed(str(error)))
 
-    def outcome(self, task: Task) -> Trained | Evaluated:
+    def outcome(self, task: Task) -> Trained | Evaluated | Secured:
         """Do what the task says. Raises FarfieldError where the data, the Plan or the task make it impossible."""
-        if task.plan_digest != self.bench.plan.digest:
+        plan = self.bench.plan
+        if task.plan_digest != plan.digest:
             raise PlanError("the task belongs to another Plan", where=f"run {task.run}, round {task.round}")
         match task.work:
-            case Train(adapter):
-                return self._train(task, adapter)
-            case Evaluate(adapter):
-                return self._evaluate(adapter)
+            case Secure():
+                if self.secure is None:
+                    raise PlanError("a step of a secure aggregation, which this Plan does not have")
+                return self.secure(task, task.work, self._part)
+            case _ if plan.protection.kind == "secagg":
+                raise PlanError(
+                    "the task wants this client's answer by itself, and the Plan promises secure aggregation"
+                )
+            case Train():
+                part = self._trained(task, task.work)
+                update = pack_state(part.update, plan.delivery.dtype)
+                loss = part.loss / part.targets if part.targets else 0.0
+                return Trained(update, part.examples, part.targets, part.steps, loss, part.clipped)
+            case Evaluate() if not plan.measures:
+                raise PlanError("the task wants a held-out loss, which this Plan's privacy does not allow")
+            case Evaluate():
+                part = self._measured(task, task.work)
+                loss = part.loss / part.targets if part.targets else 0.0
+                return Evaluated(part.examples, part.targets, loss, part.correct)
 
-    def _train(self, task: Task, adapter: Mapping[str, Tensor]) -> Trained:
+    def _part(self, task: Task, work: Train | Evaluate) -> tuple[Part, Shapes]:
+        if isinstance(work, Evaluate) and not self.bench.plan.measures:
+            raise PlanError("the task wants a held-out loss, which this Plan's privacy does not allow")
+        part = self._trained(task, work) if isinstance(work, Train) else self._measured(task, work)
+        return part, {name: change.shape for name, change in part.update.items()}
+
+    def _trained(self, task: Task, work: Train) -> Part:
         plan, bench = self.bench.plan, self.bench
         examples = self.data().train
         steps = local_steps(plan.training, len(examples))
-        bench.load(start := unpack_state(adapter))
-        done = train(
-            bench.tuned,
-            start,
-            examples,
-            plan.training,
-            pad_id=bench.pad_id,
-            seed=derive(plan.training.seed, "train", task.round, task.node),
-            steps=steps,
-            first_step=(task.round - 1) * steps,
-            horizon=plan.training.rounds * steps,
-            on_step=self.on_step,
-        )
-        update = pack_state(done.update, plan.delivery.dtype)
-        return Trained(update, len(examples), done.targets, done.steps, done.loss)
+        shared, own = unpack_state(work.adapter), self._own(task.round - 1)
+        bench.load(shared, own)
+        with bench.round(task.round):
+            done = train(
+                bench.tuned,
+                shared | own,
+                examples,
+                plan.training,
+                pad_id=bench.pad_id,
+                seed=derive(plan.training.seed, "train", task.round, task.node),
+                steps=steps,
+                first_step=(task.round - 1) * steps,
+                horizon=plan.training.rounds * steps,
+                on_step=self.on_step,
+            )
+        if own and self.kept is not None:
+            self.kept.save(task.round, {name: value + done.update[name] for name, value in own.items()})
+        update = {name: change for name, change in done.update.items() if name in shared}
+        if plan.privacy.kind == "client":
+            return self._clipped(update, work)
+        return Part(update, len(examples), done.targets, done.loss * done.targets, done.steps)
 
-    def _evaluate(self, adapter: Mapping[str, Tensor]) -> Evaluated:
+    @staticmethod
+    def _clipped(update: State, work: Train) -> Part:
+        """The whole update within the task's norm, and nothing that would say more about this client."""
+        if work.clipping_norm is None:
+            raise PlanError("the task does not say to which norm the update is to be clipped")
+        clipped, before = clipping.clip(update, work.clipping_norm)
+        return Part(clipped, clipped=before > work.clipping_norm)
+
+    def _measured(self, task: Task, work: Evaluate) -> Part:
         bench, settings = self.bench, self.bench.plan.evaluation
         examples = self.data().held_out[: settings.examples]
         if not examples:
-            return Evaluated(0, 0, 0.0, 0)
-        bench.load(unpack_state(adapter))
+            return Part()
+        bench.load(unpack_state(work.adapter), self._own(task.round))
         measured = evaluate(bench.tuned, examples, settings.batch_size, pad_id=bench.pad_id)
-        return Evaluated(len(examples), measured.targets, measured.loss, measured.correct)
+        loss = measured.loss * measured.targets
+        return Part({}, len(examples), measured.targets, loss, correct=measured.correct)
+
+    def _own(self, number: int) -> State:
+        """The client's own part of the adapter after round `number`; empty where the method shares all of it."""
+        untrained = self.bench.local()
+        if not untrained:
+            return {}
+        if self.kept is None:
+            raise PlanError("the tuning method leaves each client a part of its own, and here is no place to keep it")
+        kept = self.kept.after(number)
+        return untrained if kept is None else kept

@@ -18,7 +18,20 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from . import messages_pb2 as pb
 from .errors import MalformedMessage, MessageTooLarge, UnknownVersion
-from .messages import Evaluate, Evaluated, Failed, Outcome, Refused, Reply, Task, Train, Trained
+from .messages import (
+    Evaluate,
+    Evaluated,
+    Failed,
+    Outcome,
+    Refused,
+    Reply,
+    Secure,
+    Secured,
+    Task,
+    Train,
+    Trained,
+    Work,
+)
 from .parcel import Body, Buffer, Parcel, cut, join
 from .tensors import ITEM_BYTES, DType, Tensor
 
@@ -47,9 +60,13 @@ class Limits:
 LIMITS: Final = Limits()
 
 
-def pack_body(work: Train | Evaluate) -> Body:
+def pack_body(work: Work) -> Body:
     """The body of every task that asks for `work`."""
-    return Body(tuple(cut(_values(work.adapter))))
+    pieces: list[Buffer] = []
+    if isinstance(work, Secure):
+        pieces.append(work.common)
+    inner = work.work if isinstance(work, Secure) else work
+    return Body(tuple(cut([*pieces, *_values(inner.adapter)] if inner else pieces)))
 
 
 def encode_task(task: Task, body: Body | None = None) -> Parcel:
@@ -59,13 +76,22 @@ def encode_task(task: Task, body: Body | None = None) -> Parcel:
     message.plan_digest = bytes.fromhex(task.plan_digest)
     message.body_digest = body.digest
     match task.work:
-        case Train(adapter):
-            message.train.adapter.extend(_described(adapter))
-            message.train.SetInParent()
-        case Evaluate(adapter):
-            message.evaluate.adapter.extend(_described(adapter))
-            message.evaluate.SetInParent()
+        case Secure(step, session, common, own, subject, work):
+            secure = pb.Secure(step=step, session=session, common_bytes=len(common), own=own, subject=subject)
+            if work is not None:
+                _describe(secure, work)
+            message.secure.CopyFrom(secure)
+        case work:
+            _describe(message, work)
     return Parcel(message.SerializeToString(deterministic=True), list(body.frames))
+
+
+def _describe(message: pb.Task | pb.Secure, work: Train | Evaluate) -> None:
+    match work:
+        case Train(adapter, clipping_norm):
+            message.train.CopyFrom(pb.Train(adapter=_described(adapter), clipping_norm=clipping_norm))
+        case Evaluate(adapter):
+            message.evaluate.CopyFrom(pb.Evaluate(adapter=_described(adapter)))
 
 
 def encode_reply(reply: Reply) -> tuple[bytes, Iterator[bytes]]:
@@ -74,12 +100,17 @@ def encode_reply(reply: Reply) -> tuple[bytes, Iterator[bytes]]:
     message.plan_digest = bytes.fromhex(reply.plan_digest)
     values: Iterable[Buffer] = ()
     match reply.outcome:
-        case Trained(update, examples, targets, steps, loss):
-            message.trained.CopyFrom(pb.Trained(examples=examples, targets=targets, steps=steps, loss=loss))
+        case Trained(update, examples, targets, steps, loss, clipped):
+            message.trained.CopyFrom(
+                pb.Trained(examples=examples, targets=targets, steps=steps, loss=loss, clipped=clipped)
+            )
             message.trained.update.extend(_described(update))
             values = _values(update)
         case Evaluated(examples, targets, loss, correct):
             message.evaluated.CopyFrom(pb.Evaluated(examples=examples, targets=targets, loss=loss, correct=correct))
+        case Secured(answer):
+            message.secured.SetInParent()
+            values = [answer]
         case Failed(reason):
             message.failed.CopyFrom(pb.Failed(reason=reason))
         case Refused(reason):
@@ -98,15 +129,33 @@ def decode_task(parcel: Parcel, limits: Limits = LIMITS) -> Task:
     message, body = _opened(pb.Task(), parcel, limits)
     if hashlib.sha256(body).digest() != message.body_digest:
         raise MalformedMessage("the body is not the one that the task names")
-    work: Train | Evaluate
-    match message.WhichOneof("work"):
-        case "train":
-            work = Train(_state(message.train.adapter, body, limits))
-        case "evaluate":
-            work = Evaluate(_state(message.evaluate.adapter, body, limits))
-        case _:
+    work: Work | None
+    if message.WhichOneof("work") == "secure":
+        secure = message.secure
+        if secure.common_bytes > len(body):
+            raise MalformedMessage(f"{secure.common_bytes} bytes in common, and the body has {len(body)}")
+        common, rest = body[: secure.common_bytes], body[secure.common_bytes :]
+        inner = _work(secure, rest, limits)
+        if inner is None and rest:
+            raise MalformedMessage(f"{len(rest)} bytes that belong to no tensor")
+        work = Secure(_text(secure.step, limits), secure.session, common, secure.own, secure.subject, inner)
+    else:
+        work = _work(message, body, limits)
+        if work is None:
             raise MalformedMessage("a task without work")
     return Task(*_address(message, limits), work, message.cohort)
+
+
+def _work(message: Any, body: memoryview, limits: Limits) -> Train | Evaluate | None:
+    match message.WhichOneof("work"):
+        case "train":
+            norm = message.train.clipping_norm if message.train.HasField("clipping_norm") else None
+            if norm is not None and not 0 < norm < math.inf:
+                raise MalformedMessage(f"a clipping norm of {norm}")
+            return Train(_state(message.train.adapter, body, limits), norm)
+        case "evaluate":
+            return Evaluate(_state(message.evaluate.adapter, body, limits))
+    return None
 
 
 def decode_reply(parcel: Parcel, limits: Limits = LIMITS) -> Reply:
@@ -119,11 +168,15 @@ def decode_reply(parcel: Parcel, limits: Limits = LIMITS) -> Reply:
             update = _state(trained.update, body, limits)
             return Reply(
                 *_address(message, limits),
-                Trained(update, trained.examples, trained.targets, trained.steps, _finite(trained.loss)),
+                Trained(
+                    update, trained.examples, trained.targets, trained.steps, _finite(trained.loss), trained.clipped
+                ),
             )
         case "evaluated":
             measured = message.evaluated
             outcome = Evaluated(measured.examples, measured.targets, _finite(measured.loss), measured.correct)
+        case "secured":
+            return Reply(*_address(message, limits), Secured(body))
         case "failed":
             outcome = Failed(printable(_text(message.failed.reason, limits)))
         case "refused":

@@ -29,7 +29,7 @@ from . import codec, identity, sealing
 from . import messages_pb2 as pb
 from .codec import LIMITS, WIRE_VERSION, Limits
 from .errors import MalformedMessage, TrustError
-from .messages import Evaluate, Reply, Task, Train
+from .messages import Reply, Task, Work
 from .parcel import Parcel
 
 NONCE_BYTES: Final = 16
@@ -47,6 +47,8 @@ class Charter:
         backbone: digest of the backbone's bundle, hexadecimal; empty where both sides have it already.
         backbone_bytes: its size.
         frozen: digest of the adapter's parts that are drawn from the seed and not trained, hexadecimal.
+        roster: of a consortium, as `roster.open_roster` takes it; empty where there is none. It proves itself to those
+            who know the consortium's key, and nothing by being here.
     """
 
     run: str
@@ -54,6 +56,7 @@ class Charter:
     backbone: str
     backbone_bytes: int
     frozen: str
+    roster: bytes = b""
 
     @property
     def plan_digest(self) -> str:
@@ -117,6 +120,7 @@ def sign_charter(charter: Charter, signer: Signer) -> pb.SignedCharter:
         backbone=bytes.fromhex(charter.backbone),
         backbone_bytes=charter.backbone_bytes,
         frozen=bytes.fromhex(charter.frozen),
+        roster=charter.roster,
     ).SerializeToString(deterministic=True)
     signature = identity.sign(signer.key, _CHARTER, raw)
     return pb.SignedCharter(charter=raw, signer=signer.certificate, signature=signature)
@@ -132,9 +136,7 @@ class Desk:
         frames: the body of every task of the round, as it travels.
     """
 
-    def __init__(
-        self, charter: pb.SignedCharter, signer: Signer, work: Train | Evaluate, *, expires: float, sealed: bool
-    ) -> None:
+    def __init__(self, charter: pb.SignedCharter, signer: Signer, work: Work, *, expires: float, sealed: bool) -> None:
         """
         Args:
             expires: seconds since 1970, after which no node is to begin with a task of this round.
@@ -286,7 +288,14 @@ def _answering(task: Task, reply: Reply) -> Reply:
 
 def _charter(raw: bytes, limits: Limits) -> Charter:
     charter = codec.parse(pb.Charter(), raw, limits)
-    return Charter(charter.run, charter.plan, charter.backbone.hex(), charter.backbone_bytes, charter.frozen.hex())
+    return Charter(
+        charter.run,
+        charter.plan,
+        charter.backbone.hex(),
+        charter.backbone_bytes,
+        charter.frozen.hex(),
+        charter.roster,
+    )
 
 
 def _signed_parts(signed: pb.SignedTask) -> list[bytes]:

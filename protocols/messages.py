@@ -9,14 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from .parcel import Buffer
 from .tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train from `adapter` on your own examples and return what changed."""
+    """Train from `adapter` on your own examples and return what changed.
+
+    Attributes:
+        clipping_norm: L2 norm to which the whole update is to be clipped, where the Plan bounds a client's part.
+    """
 
     adapter: Mapping[str, Tensor]
+    clipping_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,30 @@ class Evaluate:
     """Measure `adapter` on your own held-out examples."""
 
     adapter: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Secure:
+    """Take one step of a secure aggregation (`farfield.protocols.secagg`).
+
+    Attributes:
+        step: which one, by the value of its `secagg.Step`.
+        session: which aggregation it belongs to; drawn by the coordinator.
+        common: what every participant of the step gets alike.
+        own: what this one gets besides.
+        subject: the `summing.Subject` of the aggregation, encoded, at the step that submits; empty at the others.
+        work: what is to be done and added, at the step that submits; None at the others.
+    """
+
+    step: str
+    session: bytes
+    common: Buffer
+    own: bytes
+    subject: bytes = b""
+    work: Train | Evaluate | None = None
+
+
+Work: TypeAlias = Train | Evaluate | Secure
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +72,7 @@ class Task:
     round: int
     node: str
     plan_digest: str
-    work: Train | Evaluate
+    work: Work
     cohort: int
 
 
@@ -55,7 +85,9 @@ class Trained:
         examples: number of training examples that the client holds; the weight of its update.
         targets: number of tokens or classes that were predicted, over all steps.
         steps: optimiser steps made.
-        loss: mean training loss over the targets of all steps, in nats.
+        loss: mean training loss over the targets of all steps, in nats; with differential privacy it is not told, and
+            `targets` is 0.
+        clipped: whether the update was longer than the task's clipping norm.
     """
 
     update: Mapping[str, Tensor]
@@ -63,6 +95,7 @@ class Trained:
     targets: int
     steps: int
     loss: float
+    clipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +122,14 @@ class Refused:
     reason: str
 
 
-Outcome: TypeAlias = Trained | Evaluated | Failed | Refused
+@dataclass(frozen=True, slots=True)
+class Secured:
+    """The answer to one step of a secure aggregation."""
+
+    answer: Buffer
+
+
+Outcome: TypeAlias = Trained | Evaluated | Secured | Failed | Refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,18 +75,23 @@ class Train(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    CLIPPING_NORM_FIELD_NUMBER: _builtins.int
+    clipping_norm: _builtins.float
     @_builtins.property
     def adapter(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]: ...
     def __init__(
         self,
         *,
         adapter: _abc.Iterable[Global___Tensor] | None = ...,
+        clipping_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm", "clipping_norm", b"clipping_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm", "adapter", b"adapter", "clipping_norm", b"clipping_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__clipping_norm: _TypeAlias = _typing.Literal["clipping_norm"]  # noqa: Y015
+    _WhichOneofArgType__clipping_norm: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping_norm) -> _WhichOneofReturnType__clipping_norm | None: ...
 
 Global___Train: _TypeAlias = Train  # noqa: Y015
 
@@ -111,6 +116,50 @@ class Evaluate(_message.Message):
 Global___Evaluate: _TypeAlias = Evaluate  # noqa: Y015
 
 @_typing.final
+class Secure(_message.Message):
+    """One step of a secure aggregation. The body begins with what all its participants get alike; the adapter follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    COMMON_BYTES_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    TRAIN_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
+    step: _builtins.str
+    session: _builtins.bytes
+    common_bytes: _builtins.int
+    own: _builtins.bytes
+    subject: _builtins.bytes
+    """a Subject; the aggregation was opened with its digest"""
+    @_builtins.property
+    def train(self) -> Global___Train: ...
+    @_builtins.property
+    def evaluate(self) -> Global___Evaluate: ...
+    def __init__(
+        self,
+        *,
+        step: _builtins.str = ...,
+        session: _builtins.bytes = ...,
+        common_bytes: _builtins.int = ...,
+        own: _builtins.bytes = ...,
+        subject: _builtins.bytes = ...,
+        train: Global___Train | None = ...,
+        evaluate: Global___Evaluate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "train", b"train", "work", b"work"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_bytes", b"common_bytes", "evaluate", b"evaluate", "own", b"own", "session", b"session", "step", b"step", "subject", b"subject", "train", b"train", "work", b"work"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
+    _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
+
+Global___Secure: _TypeAlias = Secure  # noqa: Y015
+
+@_typing.final
 class Task(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -121,6 +170,7 @@ class Task(_message.Message):
     PLAN_DIGEST_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
     BODY_DIGEST_FIELD_NUMBER: _builtins.int
     version: _builtins.int
@@ -135,6 +185,8 @@ class Task(_message.Message):
     def train(self) -> Global___Train: ...
     @_builtins.property
     def evaluate(self) -> Global___Evaluate: ...
+    @_builtins.property
+    def secure(self) -> Global___Secure: ...
     def __init__(
         self,
         *,
@@ -145,14 +197,15 @@ class Task(_message.Message):
         plan_digest: _builtins.bytes = ...,
         train: Global___Train | None = ...,
         evaluate: Global___Evaluate | None = ...,
+        secure: Global___Secure | None = ...,
         cohort: _builtins.int = ...,
         body_digest: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "train", b"train", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "secure", b"secure", "train", b"train", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_digest", b"body_digest", "cohort", b"cohort", "evaluate", b"evaluate", "node", b"node", "plan_digest", b"plan_digest", "round", b"round", "run", b"run", "train", b"train", "version", b"version", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body_digest", b"body_digest", "cohort", b"cohort", "evaluate", b"evaluate", "node", b"node", "plan_digest", b"plan_digest", "round", b"round", "run", b"run", "secure", b"secure", "train", b"train", "version", b"version", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate", "secure"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
@@ -167,10 +220,12 @@ class Trained(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
+    CLIPPED_FIELD_NUMBER: _builtins.int
     examples: _builtins.int
     targets: _builtins.int
     steps: _builtins.int
     loss: _builtins.float
+    clipped: _builtins.bool
     @_builtins.property
     def update(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]: ...
     def __init__(
@@ -181,10 +236,11 @@ class Trained(_message.Message):
         targets: _builtins.int = ...,
         steps: _builtins.int = ...,
         loss: _builtins.float = ...,
+        clipped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "loss", b"loss", "steps", b"steps", "targets", b"targets", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped", b"clipped", "examples", b"examples", "loss", b"loss", "steps", b"steps", "targets", b"targets", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,6 +273,23 @@ class Evaluated(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Evaluated: _TypeAlias = Evaluated  # noqa: Y015
+
+@_typing.final
+class Secured(_message.Message):
+    """The body is the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Secured: _TypeAlias = Secured  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):
@@ -269,6 +342,7 @@ class Reply(_message.Message):
     EVALUATED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    SECURED_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     run: _builtins.str
     round: _builtins.int
@@ -282,6 +356,8 @@ class Reply(_message.Message):
     def failed(self) -> Global___Failed: ...
     @_builtins.property
     def refused(self) -> Global___Refused: ...
+    @_builtins.property
+    def secured(self) -> Global___Secured: ...
     def __init__(
         self,
         *,
@@ -294,16 +370,65 @@ class Reply(_message.Message):
         evaluated: Global___Evaluated | None = ...,
         failed: Global___Failed | None = ...,
         refused: Global___Refused | None = ...,
+        secured: Global___Secured | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "failed", b"failed", "outcome", b"outcome", "refused", b"refused", "trained", b"trained"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "failed", b"failed", "outcome", b"outcome", "refused", b"refused", "secured", b"secured", "trained", b"trained"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "failed", b"failed", "node", b"node", "outcome", b"outcome", "plan_digest", b"plan_digest", "refused", b"refused", "round", b"round", "run", b"run", "trained", b"trained", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "failed", b"failed", "node", b"node", "outcome", b"outcome", "plan_digest", b"plan_digest", "refused", b"refused", "round", b"round", "run", b"run", "secured", b"secured", "trained", b"trained", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["trained", "evaluated", "failed", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["trained", "evaluated", "failed", "refused", "secured"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___Reply: _TypeAlias = Reply  # noqa: Y015
+
+@_typing.final
+class Subject(_message.Message):
+    """What the participants of a secure aggregation agree on, so that nobody adds to another sum: masks only cancel among
+    those who were told the same.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_DIGEST_FIELD_NUMBER: _builtins.int
+    BACKBONE_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    CLIPPING_NORM_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    plan_digest: _builtins.bytes
+    backbone: _builtins.bytes
+    frozen: _builtins.bytes
+    purpose: _builtins.str
+    """"train" or "evaluate" """
+    adapter: _builtins.bytes
+    """digest of its tensors"""
+    clipping_norm: _builtins.float
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of the values of each tensor of the update, in the order of their names"""
+
+    def __init__(
+        self,
+        *,
+        plan_digest: _builtins.bytes = ...,
+        backbone: _builtins.bytes = ...,
+        frozen: _builtins.bytes = ...,
+        purpose: _builtins.str = ...,
+        adapter: _builtins.bytes = ...,
+        clipping_norm: _builtins.float | None = ...,
+        ranges: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm", "clipping_norm", b"clipping_norm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm", "adapter", b"adapter", "backbone", b"backbone", "clipping_norm", b"clipping_norm", "frozen", b"frozen", "plan_digest", b"plan_digest", "purpose", b"purpose", "ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clipping_norm: _TypeAlias = _typing.Literal["clipping_norm"]  # noqa: Y015
+    _WhichOneofArgType__clipping_norm: _TypeAlias = _typing.Literal["_clipping_norm", b"_clipping_norm"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping_norm) -> _WhichOneofReturnType__clipping_norm | None: ...
+
+Global___Subject: _TypeAlias = Subject  # noqa: Y015
 
 @_typing.final
 class Charter(_message.Message):
@@ -317,6 +442,7 @@ class Charter(_message.Message):
     BACKBONE_FIELD_NUMBER: _builtins.int
     BACKBONE_BYTES_FIELD_NUMBER: _builtins.int
     FROZEN_FIELD_NUMBER: _builtins.int
+    ROSTER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     run: _builtins.str
     plan: _builtins.bytes
@@ -326,6 +452,8 @@ class Charter(_message.Message):
     backbone_bytes: _builtins.int
     frozen: _builtins.bytes
     """digest of the adapter's parts that are drawn and not trained"""
+    roster: _builtins.bytes
+    """a consortium's, signed by it (roster.py); empty where there is none"""
     def __init__(
         self,
         *,
@@ -335,10 +463,11 @@ class Charter(_message.Message):
         backbone: _builtins.bytes = ...,
         backbone_bytes: _builtins.int = ...,
         frozen: _builtins.bytes = ...,
+        roster: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "backbone_bytes", b"backbone_bytes", "frozen", b"frozen", "plan", b"plan", "run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "backbone_bytes", b"backbone_bytes", "frozen", b"frozen", "plan", b"plan", "roster", b"roster", "run", b"run", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -36,6 +36,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+SMALLEST_SUM: Final = 3
+"""The fewest clients whose sum hides anything: from a sum of two, each of them knows the other's part."""
 
 
 class Settings(BaseModel):
@@ -75,7 +78,8 @@ class Data(Settings):
     """What a client's files are expected to hold, and how they become examples.
 
     A record is text (`text`), a prompt with its completion, a chat (`messages`), or a text with its class (`label`);
-    the keys name the columns. `held_out` is the share of each client's examples that is never trained on.
+    the keys name the columns. `held_out` is the share of each client's examples that is never trained on. With
+    `truncate`, what a record has beyond `max_length` is left out, so that one record is one example.
     """
 
     text: str = "text"
@@ -85,8 +89,15 @@ class Data(Settings):
     label: str = "label"
     max_length: Annotated[int, Field(ge=8)] = 256
     packing: bool = True
+    truncate: bool = False
     completion_only: bool = True
     held_out: Share = 0.1
+
+    @model_validator(mode="after")
+    def _one_fate_for_long_records(self) -> Self:
+        if self.truncate and self.packing:
+            raise ValueError("'truncate' cuts each record by itself, so it goes with packing = false")
+        return self
 
 
 class Training(Settings):
@@ -119,6 +130,20 @@ class Training(Settings):
         if self.optimizer == "adamw" and self.momentum:
             raise ValueError("'momentum' goes with optimizer = \"sgd\"")
         return self
+
+    @property
+    def update_range(self) -> float | None:
+        """A magnitude that values of one round's update hardly pass; None where nothing says how long a step is.
+
+        A step of AdamW moves a value by about its learning rate (Kingma and Ba 2015, section 2.1), one of SGD by at
+        most rate · max_grad_norm, divided by 1 − momentum in the long run. Epochs are taken for a thousand steps.
+        """
+        steps = self.steps or 1000
+        if self.optimizer == "adamw":
+            return 2 * self.learning_rate * steps
+        if self.max_grad_norm:
+            return self.learning_rate * self.max_grad_norm * steps / (1 - self.momentum)
+        return None
 
 
 class Cohort(Settings):
@@ -178,25 +203,80 @@ class Delivery(Settings):
 
 
 class Protection(Settings):
-    """Who can read one client's update: the aggregating coordinator alone (`sealed`), or whoever carries it (`none`).
+    """Who can read one client's update: nobody (`secagg`), the coordinator (`sealed`), whoever carries it (`none`).
 
-    `none` is for simulations; a coordinator's service does not start such a run.
+    A Plan that leaves `kind` out gets `secagg` where three clients can take part in a round and the aggregation rule
+    needs sums only, and `sealed` elsewhere. `none` is for simulations; a coordinator's service starts no such run.
+
+    The other keys are for `secagg`. A value is sent with at least `bits` bits, over the range ±`clip_range`; without
+    one the range follows from the learning rate, and with `adapt_range` it then follows each tensor's last aggregate.
+    An example count above `weight_limit` counts as that many. `corrupt` and `dropouts` are the shares of a cohort that
+    may work together against the others, and vanish; with `adversary = "semi-malicious"` the coordinator may also lie
+    about who is there. A step other than training has `step_seconds`.
     """
 
-    kind: Literal["none", "sealed", "secagg"] = "sealed"
+    kind: Literal["none", "sealed", "secagg"] | None = None
+    bits: Annotated[int, Field(ge=4, le=24)] = 16
+    clip_range: PositiveFloat | None = None
+    adapt_range: bool = True
+    weight_limit: Annotated[int, Field(ge=1, lt=2**31)] = 4096
+    corrupt: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    dropouts: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    adversary: Literal["curious", "semi-malicious"] = "semi-malicious"
+    step_seconds: PositiveFloat = 60.0
 
 
 class Privacy(Settings):
-    """Which differential privacy the run promises."""
+    """Which differential privacy the run promises: for one `example` of a client, for a `client`, or none.
+
+    Neighbouring datasets differ in one example (or client) whose contribution is replaced by zero; how many there are
+    is public. `noise_multiplier` is σ, in units of `clipping_norm`; or `target_epsilon` at `delta` decides it.
+
+    With `example` each training example is in a step's batch with probability `sampling_rate`, its gradient is clipped
+    to `clipping_norm`, and the client adds the noise (DP-SGD; Abadi et al. 2016). With `client` the whole update is
+    clipped, and noise is added once to the sum by the coordinator (`central`; McMahan et al. 2018), or in shares by
+    the clients before it is masked (`distributed`; Agarwal et al. 2021). `clipping = "adaptive"` follows the quantile
+    `target_quantile` of the updates' norms, at `quantile_rate`; `count_noise` is the standard deviation of the noise
+    on that count (Andrew et al. 2021: γ, η_C and σ_b).
+
+    Held-out losses are not covered by ε, so nothing is evaluated unless `exact_evaluation` allows it. `population`
+    names those whose budget is spent.
+    """
 
     kind: Literal["none", "example", "client"] = "none"
+    noise: Literal["central", "distributed"] = "central"
+    target_epsilon: PositiveFloat | None = None
+    noise_multiplier: PositiveFloat | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clipping_norm: PositiveFloat = 1.0
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    quantile_rate: PositiveFloat = 0.2
+    count_noise: PositiveFloat = 10.0
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    exact_evaluation: bool = False
+    population: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "default"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "none":
+            if self.target_epsilon is not None or self.noise_multiplier is not None or self.sampling_rate is not None:
+                raise ValueError('the other keys go with kind = "example" or kind = "client"')
+            return self
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError(
+                "give how much noise there is as 'target_epsilon' or as 'noise_multiplier', one of the two"
+            )
+        if (self.kind == "example") != (self.sampling_rate is not None):
+            raise ValueError("'sampling_rate' goes with kind = \"example\", and there it is needed")
+        if self.kind == "example" and (self.noise, self.clipping) != ("central", "fixed"):
+            raise ValueError("'noise' and 'clipping' go with kind = \"client\": examples get theirs at the client")
+        return self
 
 
 _NOT_YET = {
     ("model", "quantization"): ("none",),
     ("delivery", "kind"): ("adapter",),
-    ("protection", "kind"): ("sealed", "none"),
-    ("privacy", "kind"): ("none",),
 }
 """Values that this release can honour, where the format already knows more."""
 
@@ -212,7 +292,7 @@ class Plan(Settings):
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
     delivery: Delivery = Delivery()
-    protection: Protection = Protection()
+    protection: Annotated[Protection, Field(validate_default=True)] = Protection()
     privacy: Privacy = Privacy()
 
     @field_validator("tuning", mode="before")
@@ -231,9 +311,31 @@ class Plan(Settings):
     @classmethod
     def _known_rule(cls, value: Aggregation, info: ValidationInfo) -> Aggregation:
         assert info.context is not None
-        rules: Collection[str] | None = info.context["rules"]
+        rules: Rules | None = info.context["rules"]
         if rules is not None and value.rule not in rules:
             raise ValueError(f"no aggregation rule {value.rule!r}. {did_you_mean(value.rule, rules)}")
+        return value
+
+    @field_validator("protection")
+    @classmethod
+    def _protection_that_fits(cls, value: Protection, info: ValidationInfo) -> Protection:
+        cohort, aggregation = info.data.get("cohort"), info.data.get("aggregation")
+        if cohort is None or aggregation is None:  # what is wrong with them is said anyway
+            return value
+        assert info.context is not None
+        views = (info.context["rules"] or {}).get(aggregation.rule, False)
+        small = cohort.size is not None and cohort.size < SMALLEST_SUM
+        if value.kind is None:
+            return value.model_copy(update={"kind": "sealed" if views or small else "secagg"})
+        if value.kind == "secagg" and views:
+            raise ValueError(
+                f'aggregation.rule = {aggregation.rule!r} must see each update, and with kind = "secagg" nobody can; '
+                'use a rule that needs sums only, such as "mean", or kind = "sealed"'
+            )
+        if value.kind == "secagg" and small:
+            raise ValueError(
+                f'a sum of {cohort.size} hides nobody: kind = "secagg" wants cohort.size to be {SMALLEST_SUM} or more'
+            )
         return value
 
     @model_validator(mode="after")
@@ -243,6 +345,55 @@ class Plan(Settings):
             if value not in possible:
                 raise ValueError(f"{section}.{key} = {value!r} is not available in this release; use {possible[0]!r}")
         return self
+
+    @model_validator(mode="after")
+    def _knows_how_large_a_value_is(self) -> Self:
+        if self.protection.kind == "secagg" and self.value_range is None:
+            raise ValueError(
+                "nothing says how large the values of an update can be: give protection.clip_range, "
+                "or training.max_grad_norm above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_keep_its_privacy(self) -> Self:
+        privacy = self.privacy
+        if privacy.kind == "client":
+            if self.aggregation.weighting != "uniform":
+                raise ValueError(
+                    'privacy.kind = "client" bounds what one client adds: use aggregation.weighting = "uniform"'
+                )
+            if privacy.noise == "distributed" and self.protection.kind != "secagg":
+                raise ValueError('privacy.noise = "distributed" hides in a sum: use protection.kind = "secagg"')
+        if privacy.kind == "example":
+            if self.model.task == "causal-lm" and not self.data.truncate:
+                raise ValueError(
+                    'privacy.kind = "example" protects one record, so each must be one example: '
+                    "use data.packing = false and data.truncate = true"
+                )
+            if self.training.steps is None:
+                raise ValueError('privacy.kind = "example" counts its steps: use training.steps, not epochs')
+            if self.training.gradient_accumulation > 1:
+                raise ValueError(
+                    'privacy.kind = "example" draws the batch of a step by privacy.sampling_rate and works through it '
+                    "in parts of training.batch_size: leave training.gradient_accumulation out"
+                )
+        return self
+
+    @property
+    def value_range(self) -> float | None:
+        """Values of an update beyond ± this are clipped before they are masked."""
+        return self.protection.clip_range or self.training.update_range
+
+    @property
+    def measures(self) -> bool:
+        """Whether held-out losses are measured: not where that would give away what the Plan promises to hide."""
+        return self.privacy.kind == "none" or self.privacy.exact_evaluation
+
+    @property
+    def smallest_cohort(self) -> int:
+        """How many clients must be there for a round to begin."""
+        return max(self.cohort.minimum, SMALLEST_SUM if self.protection.kind == "secagg" else 1)
 
     def canonical(self) -> bytes:
         """The bytes that are digested: sorted, compact UTF-8 JSON with every default written out."""
@@ -259,12 +410,15 @@ class Plan(Settings):
 TuningKinds: TypeAlias = Mapping[str, type[TuningSettings]]
 """Settings by `kind`, as `farfield.emulator.methods.registered()` gives them."""
 
+Rules: TypeAlias = Mapping[str, bool]
+"""Aggregation rules by name, and whether each must see every update for itself."""
 
-def parse(text: str, tuning_kinds: TuningKinds, rules: Collection[str] | None, *, where: object = "Plan") -> Plan:
+
+def parse(text: str, tuning_kinds: TuningKinds, rules: Rules | None, *, where: object = "Plan") -> Plan:
     """The Plan that `text` (TOML) describes.
 
     Args:
-        rules: names of the aggregation rules that may be asked for; None, at a client, leaves that to the coordinator.
+        rules: the aggregation rules that may be asked for; None, at a client, leaves that to the coordinator.
         where: what an error message calls the text.
 
     Raises:
@@ -299,7 +453,7 @@ def restore(canonical: bytes, tuning_kinds: TuningKinds, *, where: object = "Pla
     return plan
 
 
-def load(path: Path, tuning_kinds: TuningKinds, rules: Collection[str] | None) -> Plan:
+def load(path: Path, tuning_kinds: TuningKinds, rules: Rules | None) -> Plan:
     """The Plan in the file `path`. Raises PlanError as `parse` does, and when the file cannot be read."""
     return parse(read(path), tuning_kinds, rules, where=path)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .rule import SumRule, ViewRule, register, registered
+from .rule import SumRule, ViewRule, register, registered, views
 
-__all__ = ["SumRule", "ViewRule", "register", "registered"]
+__all__ = ["SumRule", "ViewRule", "register", "registered", "views"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

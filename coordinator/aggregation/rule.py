@@ -51,3 +51,8 @@ def register(name: str) -> Callable[[Rule], Rule]:
 
 def registered() -> Mapping[str, Factory]:
     return MappingProxyType(_registry)
+
+
+def views() -> Mapping[str, bool]:
+    """All rules, and whether each must see every update; hand it to `farfield.protocols.plan.parse`."""
+    return {name: isinstance(rule, type) and issubclass(rule, ViewRule) for name, rule in _registry.items()}

@@ -51,3 +51,22 @@ def test_changes_nothing_that_was_passed_in() -> None:
     step(Aggregation(server_optimizer="adam"), adapter, update, Moments())
     np.testing.assert_array_equal(adapter["w"], 1.0)
     np.testing.assert_array_equal(update["w"], 0.5)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "yogi"])
+def test_a_tensor_that_rests_in_a_round_keeps_its_moments(kind: str) -> None:
+    """Two halves that take turns move as each would alone."""
+    settings = Aggregation.model_validate({"server_optimizer": kind, "learning_rate": ETA})
+    generator = np.random.default_rng(1)
+    deltas = [generator.normal(size=3).astype(np.float32) for _ in range(6)]
+    together: State = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}
+    moments = Moments()
+    for number, delta in enumerate(deltas):
+        together, moments = step(settings, together, {"ab"[number % 2]: delta}, moments)
+    for first, name in enumerate("ab"):
+        alone: State = {name: np.zeros(3, np.float32)}
+        own = Moments()
+        for delta in deltas[first::2]:
+            alone, own = step(settings, alone, {name: delta}, own)
+        np.testing.assert_array_equal(together[name], alone[name])
+        np.testing.assert_array_equal(moments.first[name], own.first[name])

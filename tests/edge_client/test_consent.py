@@ -1,21 +1,25 @@
-"""Consent: every limit refuses what is over it and nothing else, and says so in one sentence."""
+"""Consent: every limit refuses what is over it and nothing else, and says so in one sentence; and the terms of sums."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from farfield.edge_client.consent import PROGRAM_BYTES, Consent, Request, check, memory_estimate
+from farfield.edge_client.terms import terms
 from farfield.emulator.methods import registered
 from farfield.protocols import plan as plans
-from farfield.protocols.errors import ConsentError
-from farfield.protocols.plan import Plan, Protection
+from farfield.protocols.errors import ConsentError, TrustError
+from farfield.protocols.plan import Plan, Privacy, Protection
+from farfield.protocols.roster import draw_up, sign
+from farfield.protocols.secagg import Terms
 
 NOON = datetime(2031, 5, 6, 12, 0)
 BACKBONE = "ab" * 32
@@ -38,6 +42,17 @@ def plan(budget: str = "steps = 20", protection: str = "sealed", dtype: str = "b
 
 
 REQUEST = Request("r1", plan(), BACKBONE, 8_000_000, 3, 1_000_000)
+
+
+SUMS = replace(REQUEST, plan=plan(protection="secagg"))
+PRIVATE = replace(
+    REQUEST,
+    plan=plan().model_copy(
+        update={"privacy": Privacy(kind="example", noise_multiplier=1.0, sampling_rate=0.1, exact_evaluation=True)}
+    ),
+)
+CONSORTIUM = Ed25519PrivateKey.generate()
+CONSORTIUMS_KEY = CONSORTIUM.public_key().public_bytes_raw().hex()
 
 
 def refusal(consent: Consent, request: Request, now: datetime = NOON) -> str:
@@ -90,6 +105,18 @@ CROSSED: dict[str, tuple[dict[str, Any], Request, str]] = {
     ),
     "min_cohort": ({"min_cohort": 4}, REQUEST, "consent.min_cohort = 4: run 'r1' asks 3 clients in this round"),
     "cohort of one": ({}, replace(REQUEST, cohort=1), "consent.min_cohort = 3: run 'r1' asks one client in this round"),
+    "min_sum": (
+        {"min_sum": 3, "protections": ("secagg",)},
+        SUMS,
+        "consent.min_sum = 3: run 'r1' may open the sum of 2 clients in this round",
+    ),
+    "roster_key": (
+        {"roster_key": CONSORTIUMS_KEY},
+        REQUEST,
+        f"consent.roster_key = '{CONSORTIUMS_KEY}': run 'r1' sends updates with protection 'sealed', where the "
+        "coordinator reads each, roster or not",
+    ),
+    "max_epsilon": ({"max_epsilon": 8.0}, REQUEST, "consent.max_epsilon = 8: run 'r1' has no differential privacy"),
     "max_rounds": ({"max_rounds": 17}, REQUEST, "consent.max_rounds = 17: run 'r1' has 18 rounds"),
     "max_steps": ({"max_steps": 19}, REQUEST, "consent.max_steps = 19: run 'r1' asks for 20 steps a round"),
     "max_epochs": (
@@ -125,7 +152,7 @@ def test_a_limit_that_is_crossed_refuses_by_name_with_its_value_and_what_was_ask
 
 
 def test_every_limit_has_a_case_that_crosses_it() -> None:
-    assert set(Consent.model_fields) <= set(CROSSED)
+    assert set(Consent.model_fields) - {"delta"} <= set(CROSSED)  # it says how max_epsilon is counted
 
 
 def test_updates_in_the_clear_cannot_be_allowed() -> None:
@@ -145,6 +172,18 @@ def test_a_size_that_is_not_known_yet_is_left_to_the_next_question() -> None:
 def test_steps_and_epochs_have_limits_of_their_own() -> None:
     check(Consent(max_epochs=1), REQUEST, NOON)
     check(Consent(max_steps=1), replace(REQUEST, plan=plan("epochs = 2")), NOON)
+
+
+def test_a_sum_may_be_as_small_as_the_owner_says() -> None:
+    check(Consent(min_sum=2), SUMS, NOON)
+    check(Consent(min_sum=20), replace(SUMS, cohort=30), NOON)
+    assert "the sum of 20 clients" in refusal(Consent(min_sum=21), replace(SUMS, cohort=30))
+    check(Consent(min_sum=20), REQUEST, NOON)  # it opens no sum: the coordinator reads each update
+
+
+def test_sums_go_with_a_roster_and_privacy_with_a_budget() -> None:
+    check(Consent(roster_key=CONSORTIUMS_KEY), SUMS, NOON)
+    check(Consent(max_epsilon=0.5), PRIVATE, NOON)
 
 
 def test_float32_takes_twice_the_memory_of_bfloat16() -> None:
@@ -194,9 +233,48 @@ def test_a_span_and_its_complement_share_no_minute_and_leave_none_out(begin: Any
         {"hours": "06:00-06:00"}, {"hours": "22:00-06:00\n"}, {"hours": "22:00-0\u0666:00"}, {"min_cohort": 0},
         {"max_rounds": "9"}, {"max_steps": 0}, {"max_epochs": True}, {"max_memory_bytes": 1.5},
         {"backbones": ("abc",)}, {"methods": "lora"}, {"protections": ()}, {"protections": ("open",)},
-        {"max_rouds": 1},
+        {"max_rouds": 1}, {"min_sum": 1}, {"roster_key": "ab"}, {"roster_key": "AB" * 32}, {"roster_key": None},
+        {"roster_key": "ab" * 32 + "\n"}, {"max_epsilon": 0.0}, {"max_epsilon": float("inf")}, {"max_epsilon": "8"},
+        {"delta": 0.0}, {"delta": 1.0},
     ],
 )  # fmt: skip
 def test_what_is_no_limit_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Consent.model_validate(wrong)
+
+
+# --- The terms of a secure aggregation --------------------------------------------------------------------------------
+
+NOW = datetime(2031, 5, 6, 12, tzinfo=UTC)
+MEMBERS = {"ann": b"a" * 32, "bob": b"b" * 32}
+ROSTER = sign(draw_up("clinics", MEMBERS, NOW, NOW + timedelta(days=1)), CONSORTIUM)
+BOUND = Consent(min_cohort=5, min_sum=4, roster_key=CONSORTIUMS_KEY)
+
+
+def test_with_a_consortiums_key_its_roster_says_who_the_peers_are() -> None:
+    assert terms(BOUND, ROSTER, NOW) == Terms(5, 4, MEMBERS)
+
+
+@pytest.mark.parametrize("roster", [b"", ROSTER, b"anything"])
+def test_without_one_a_roster_says_nothing(roster: bytes) -> None:
+    assert terms(Consent(), roster, NOW) == Terms(1, 2, None)
+
+
+def test_a_run_without_a_roster_is_refused_by_who_asks_for_one() -> None:
+    with pytest.raises(ConsentError) as caught:
+        terms(BOUND, b"", NOW)
+    assert f"consent.roster_key = '{CONSORTIUMS_KEY}': the run comes without a consortium's roster" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("roster", "now", "said"),
+    [
+        (sign(draw_up("clinics", MEMBERS, NOW, None), Ed25519PrivateKey.generate()), NOW, "signed with the key"),
+        (ROSTER.replace(b'"bob"', b'"eve"'), NOW, "altered after it was signed"),
+        (ROSTER, NOW + timedelta(days=1), "expired at 2031-05-07 12:00"),
+        (b"anything", NOW, "malformed"),
+    ],
+)
+def test_a_roster_that_does_not_hold_is_no_roster(roster: bytes, now: datetime, said: str) -> None:
+    with pytest.raises(TrustError, match=said):
+        terms(BOUND, roster, now)

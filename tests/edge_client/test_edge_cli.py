@@ -199,6 +199,8 @@ def test_status_of_a_node_at_rest(joined: Machine, coordinator: Coordinator) -> 
     assert re.search(r"^certificate +valid until \d{4}-\d\d-\d\d \(0 days left\)$", said, re.MULTILINE)
     assert "0 B of 50.0 GB" in said
     found = document(joined)
+    signing = Home.open(joined.home).keys().signing_key().public_key().public_bytes_raw().hex()
+    assert found["signing_key"] == signing and re.search(rf"^signing key +{signing}$", said, re.MULTILINE)
     assert (found["node"], found["running"], found["pid"], found["state"]) == ("ward-3", False, None, None)
     assert found["coordinator"]["federation_port"] == coordinator.federation_port
 
@@ -324,7 +326,7 @@ def test_doctor_finds_a_healthy_node_healthy(joined: Machine, coordinator: Coord
     assert "ward-3, certificate valid until" in found["keys"][1]
     assert f"localhost:{coordinator.fleet_port} answers" in found["fleet port"][1]
     assert "all 2 records" in found["data"][1] and "Seen by" not in done.stdout
-    assert found["consent"][1] == 'protections = ["sealed", "secagg"], min_cohort = 1'
+    assert found["consent"][1] == 'protections = ["sealed", "secagg"], min_cohort = 1, min_sum = 2'
 
 
 def test_doctor_names_every_problem_and_goes_on(machine: Machine) -> None:

@@ -196,6 +196,7 @@ def test_the_file_says_what_every_key_is_for_and_offers_those_that_are_not_set()
     text = SETTINGS.render()
     assert "# max_rounds = 100\n" in text
     offered = text.replace("# max_", "max_")
+    assert Settings.parse(offered).consent.max_epsilon == 8.0
     assert Settings.parse(offered).consent.max_rounds == 100
     assert Settings.parse(offered).consent.max_memory_bytes == 16_000_000_000
 
@@ -204,7 +205,14 @@ CHANGED = SETTINGS.model_copy(
     update={
         "data": DataSettings(path="builtin:stdlib/2/3"),
         "cache": CacheSettings(max_bytes=0),
-        "consent": Consent(methods=("lora", "ia3"), max_rounds=7, max_backbone_bytes=12_345_678, hours="22:00-06:00"),
+        "consent": Consent(
+            methods=("lora", "ia3"),
+            max_rounds=7,
+            max_backbone_bytes=12_345_678,
+            hours="22:00-06:00",
+            max_epsilon=2.5,
+            delta=1e-7,
+        ),
     }
 )
 

@@ -1,0 +1,93 @@
+"""Gradients of single examples, and the sum of them with each clipped to a norm (Abadi et al. 2016, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_INSIDE = 1 - 2**-22
+"""Factors are this much smaller, so that rounding them and what they multiply takes no example over the limit."""
+
+
+def reference(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], limit: float) -> list[torch.Tensor]:
+    """What `clipped_sums` of each layer's `of_linear` is, example by example, in float64.
+
+    Args:
+        layers: of each linear layer its inputs [examples, ..., in], and the gradients of its outputs
+            [examples, ..., out].
+    """
+    sums = [torch.zeros(g.shape[-1], a.shape[-1], dtype=torch.float64, device=a.device) for a, g in layers]
+    for example in range(len(layers[0][0])):
+        gradients = [
+            torch.einsum("...o,...i->oi", outputs[example].double(), inputs[example].double())
+            for inputs, outputs in layers
+        ]
+        norm = torch.sqrt(sum((gradient.square().sum() for gradient in gradients), torch.zeros(()).double()))
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient * min(1.0, limit / max(float(norm), torch.finfo(torch.float64).tiny))
+    return sums
+
+
+def of_linear(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """The gradient by a linear layer's weight of each example: one product of matrices for each.
+
+    Nothing is cheaper for the factors of LoRA: a norm without the gradient itself (ghost clipping) takes products of
+    tokens by tokens, and these gradients are smaller than that.
+
+    Args:
+        inputs: what the layer read, [examples, ..., in].
+        outputs: gradients of what it returned, [examples, ..., out], in the same dtype.
+
+    Returns:
+        float32[examples, out, in], contiguous. For bfloat16 each value is summed in float32 and rounded once, as in
+        the gradient of a whole batch.
+    """
+    examples, width = len(inputs), inputs.shape[-1]
+    inputs = inputs.reshape(examples, -1, width)
+    outputs = outputs.reshape(examples, inputs.shape[1], -1)
+    # Matrix products are up to three times as fast where the result's rows are the longer side.
+    if outputs.shape[-1] <= width:
+        gradients = torch.bmm(outputs.transpose(1, 2), inputs)
+    else:
+        gradients = torch.bmm(inputs.transpose(1, 2), outputs).transpose(1, 2)
+    return gradients.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def of_embedding(indices: torch.Tensor, outputs: torch.Tensor, rows: int) -> torch.Tensor:
+    """The gradient by an embedding's weight of each example.
+
+    Args:
+        indices: int64[examples, ...], what was looked up.
+        outputs: gradients of what was found, [examples, ..., width].
+        rows: how many the embedding has.
+
+    Returns:
+        float32[examples, rows, width].
+    """
+    examples, width = len(indices), outputs.shape[-1]
+    found = torch.zeros(examples, rows, width, dtype=torch.float32, device=outputs.device)
+    places = indices.reshape(examples, -1, 1).expand(-1, -1, width)
+    return found.scatter_add_(1, places, outputs.reshape(examples, -1, width).float())
+
+
+def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.Tensor]:
+    """The sum over the examples, where each example's gradient counts with a norm of at most `limit`.
+
+    The norm is taken over all tensors together. A gradient that is not finite counts as zero: one example that
+    overflows must neither spoil the sum nor show in it.
+
+    Args:
+        gradients: float32[examples, ...] of each parameter.
+
+    Returns:
+        float32[...] of each parameter. Without examples they are zero.
+    """
+    rows = [gradient.flatten(1) for gradient in gradients]
+    # The squares of what float32 holds fit into float64, and its sums round to nothing here.
+    norms = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]).norm(dim=0)
+    finite = norms.isfinite()
+    if not bool(finite.all()):
+        rows = [torch.where(finite[:, None], row, 0.0) for row in rows]  # a factor of zero would leave NaN what it is
+    factors = torch.where(finite, (limit * _INSIDE / norms).clamp(max=1.0), 0.0).float()
+    return [(factors @ row).view(gradient.shape[1:]) for row, gradient in zip(rows, gradients, strict=True)]
