@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from farfield.coordinator.aggregation.mean import WeightedMean
 from farfield.coordinator.rounds import TrainingRound, Verdict
+from farfield.emulator import methods
 from farfield.protocols.envelope import (
     Charter,
     Desk,
@@ -41,14 +42,14 @@ from farfield.protocols.envelope import (
 )
 from farfield.protocols.messages import Reply, Train, Trained
 from farfield.protocols.parcel import Parcel, release_freed_frames
-from farfield.protocols.plan import TuningSettings, parse
+from farfield.protocols.plan import parse
 from farfield.protocols.tensors import ITEM_BYTES, DType, State, pack_state
 
 PLAN = """
 [model]
 backbone = "none"
 [tuning]
-kind = "none"
+kind = "lora"
 [training]
 rounds = 1
 steps = 1
@@ -131,7 +132,7 @@ def memory(field: str) -> int:
 
 def aggregate(link: Connection, signer: Signer, clients: int, size: Size) -> Measured:
     release_freed_frames()
-    plan = parse(PLAN.format(dtype=size.dtype), {"none": TuningSettings}, None)
+    plan = parse(PLAN.format(dtype=size.dtype), methods.registered(), None)
     member = Member.of(*link.recv())
     round_ = TrainingRound(
         plan, RUN, 1, adapter := size.adapter(), names(clients), WeightedMean(plan.aggregation), now=0.0

@@ -54,7 +54,7 @@ from farfield.protocols.errors import FarfieldError, ServiceError
 from farfield.protocols.identity import Token, signer_key
 from farfield.protocols.messages import Reply, Train, Trained
 from farfield.protocols.parcel import Parcel
-from farfield.protocols.plan import TuningSettings, parse
+from farfield.protocols.plan import parse
 
 if TYPE_CHECKING:
     from farfield.coordinator.flower import Present
@@ -71,7 +71,7 @@ PLAN = f"""
 [model]
 backbone = "none"
 [tuning]
-kind = "none"
+kind = "lora"
 [training]
 rounds = 1
 steps = 1
@@ -148,10 +148,11 @@ def conduct(grid: Grid, context: Context) -> None:
     from farfield.coordinator.flower import GridCarrier
     from farfield.coordinator.home import Home
     from farfield.coordinator.rounds import TrainingRound
+    from farfield.emulator import methods
 
     config = {key: str(value) for key, value in context.run_config.items()}
     home, draw = Home.open(Path(config["home"])), random.Random(SEED)
-    plan = parse(PLAN, {"none": TuningSettings}, None)
+    plan = parse(PLAN, methods.registered(), None)
     rule, charter = WeightedMean(plan.aggregation), Charter(RUN, plan.canonical(), "", 0, "")
     carrier = GridCarrier(grid, _Roll(home.store()), plan, charter, home.authority().signer())
     everyone = sum(map(len, KINDS.values()))

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from farfield.protocols.envelope import Charter
 from farfield.protocols.errors import PlanError
@@ -19,6 +19,7 @@ from farfield.protocols.messages import Evaluate, Train
 from farfield.protocols.plan import Plan
 from farfield.protocols.summing import Shapes, Subject
 from farfield.protocols.tensors import State, digest, pack_state, unpack_state
+from farfield.protocols.turns import takes_part
 
 from . import bounds
 from .aggregation import SumRule, registered
@@ -35,6 +36,9 @@ from .rounds import (
 from .runs import Checkpoint, RoundRecord
 from .secure_rounds import SecureRound, SecureStep, scored
 from .server_optimizer import Moments, step
+
+_ALL: Final = "the round"
+"""Stands for a node where a problem is nobody's own."""
 
 Round: TypeAlias = TrainingRound | EvaluationRound | SecureStep
 
@@ -171,8 +175,9 @@ class Conductor:
         if plan.privacy.kind != "none":
             assert self._accounts is not None
             self._accounts.spend(number)
-        cohort = sample_cohort(plan, number, present)
-        wanted = cohort_size(plan.cohort, len(present)) if plan.cohort.over_selection else None
+        eligible = [node for node in present if takes_part(plan, node, number)]
+        cohort = sample_cohort(plan, number, eligible)
+        wanted = cohort_size(plan.cohort, len(eligible)) if plan.cohort.over_selection else None
         norm = last.bounds.clipping_norm
         if not self._secure:
             now = self._carrier.now()
@@ -183,7 +188,9 @@ class Conductor:
         shapes = trained_shapes(plan, last.adapter, number)
         ranges = tuple(last.bounds.ranges[name] for name in sorted(shapes))
         secure = self._add_up(number, work, shapes, ranges, cohort, wanted, traffic)
-        return None if secure.sum is None else release(plan, self._rule, secure.sum, secure.clients, norm)
+        if secure is None or secure.sum is None:
+            return None
+        return release(plan, self._rule, secure.sum, secure.clients, norm)
 
     def _evaluate(self, number: int, adapter: State, present: Sequence[str], traffic: Traffic) -> Score | None:
         plan = self._plan
@@ -193,7 +200,7 @@ class Conductor:
         if self._secure:
             work = Evaluate(pack_state(adapter, plan.delivery.dtype))
             secure = self._add_up(number, work, {}, (), evaluators, None, traffic)
-            return None if secure.sum is None else scored(secure.sum, secure.clients)
+            return None if secure is None or secure.sum is None else scored(secure.sum, secure.clients)
         evaluation = EvaluationRound(plan, self._run, number, adapter, evaluators, self._carrier.now())
         self._carrier.carry(evaluation, "evaluating", traffic)
         return evaluation.result()
@@ -207,9 +214,16 @@ class Conductor:
         nodes: Sequence[str],
         wanted: int | None,
         traffic: Traffic,
-    ) -> SecureRound:
-        """Have `nodes` do the work and add up what it comes to, so that nobody sees anything but the sum."""
+    ) -> SecureRound | None:
+        """Have `nodes` do the work and add up what it comes to, so that nobody sees anything but the sum.
+
+        None when they are too few to begin.
+        """
         plan, charter = self._plan, self._carrier.charter
+        identities = self._carrier.identities(nodes)
+        if len(identities) < plan.smallest_cohort:
+            traffic.note({_ALL: f"{len(identities)} clients could be asked, and it takes {plan.smallest_cohort}"})
+            return None
         subject = Subject(
             plan=bytes.fromhex(plan.digest),
             backbone=bytes.fromhex(charter.backbone),
@@ -219,7 +233,6 @@ class Conductor:
             clipping_norm=work.clipping_norm if isinstance(work, Train) else None,
             ranges=ranges,
         )
-        identities = self._carrier.identities(nodes)
         session = secrets.token_bytes(32)
         secure = SecureRound(
             plan, self._run, number, work, subject, shapes, identities, session, self._carrier.now, wanted
@@ -227,7 +240,7 @@ class Conductor:
         for activity, one in secure.steps():
             self._carrier.carry(one, activity, traffic)
         if secure.failure:
-            traffic.note({"(all)": secure.failure})
+            traffic.note({_ALL: secure.failure})
         return secure
 
 

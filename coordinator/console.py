@@ -198,28 +198,33 @@ def _protection(plan: Plan) -> str:
     return _PROTECTION[plan.protection.kind]
 
 
-def _privacy(plan: Plan) -> str:
-    """What is promised, and on which terms. Raises PrivacyError where it cannot be kept."""
+def _privacy(plan: Plan) -> dict[str, str]:
+    """What is promised, and on which terms, by title. Raises PrivacyError where it cannot be kept."""
     made, spent, wanted = mechanism(plan), promised(plan), plan.privacy
     if made is None or spent is None:
-        return "none: no differential privacy"
-    pld = f"PLD {spent.epsilon_pld:.4g}" if spent.epsilon_pld is not None else f"no PLD: {spent.why_no_pld}"
-    epsilon = f"ε = {spent.epsilon:.4g} at δ = {spent.delta:g} ({spent.accountant}; RDP {spent.epsilon_rdp:.4g}, {pld})"
-    clipping = f"noise multiplier {made.noise_multiplier:g}, clipping norm {wanted.clipping_norm:g}"
+        return {"privacy": "none: no differential privacy"}
+    other = "" if spent.epsilon_pld is None else f"; by RDP {spent.epsilon_rdp:.4g}"
+    rounds = (
+        f"{plan.participations} of {plan.training.rounds}" if wanted.participations else f"all {plan.training.rounds}"
+    )
     if isinstance(made, ExampleMechanism):
-        terms = (
-            f"each example is in a step's batch with probability {made.sampling_rate:g}, drawn by its client, in "
-            f"{made.steps} steps of each of {plan.training.rounds} rounds; its client adds the noise"
+        counted = (
+            f"{made.steps} steps in each of {rounds} rounds; each example is in a step's batch with probability "
+            f"{made.sampling_rate:g}, drawn by its client, which adds the noise"
         )
     else:
-        adds = "the coordinator adds the noise, once" if made.noise == "central" else "the clients add it in shares"
-        followed = "" if made.count_noise is None else f", which follows the {wanted.target_quantile:.0%} quantile"
-        terms = (
-            f"a client is counted in each of {plan.training.rounds} rounds, for nothing keeps it from being drawn; "
-            f"{adds}{followed}"
-        )
-    measured = "held-out losses are not covered" if wanted.exact_evaluation else "nothing is evaluated"
-    return f"{epsilon} for one {wanted.kind}; {clipping}; {terms}; {measured}"
+        by_whom = "by the coordinator, once" if made.noise == "central" else "by the clients, in shares"
+        counted = f"a client that takes part in {rounds} rounds; noise is added {by_whom}"
+    norm = f"{wanted.clipping_norm:g}"
+    if wanted.clipping == "adaptive":
+        norm += f" at first, then by the {wanted.target_quantile:.0%} quantile"
+    epsilon = f"ε = {spent.epsilon:.4g} at δ = {spent.delta:g} for one {wanted.kind}"
+    return {
+        "privacy": f"{epsilon}, by {spent.accountant}{other}",
+        "counted": counted,
+        "noise": f"multiplier {made.noise_multiplier:g}, clipping norm {norm}",
+        "not covered": "held-out losses, which are released without noise" if wanted.exact_evaluation else "",
+    }
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -243,11 +248,12 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}){proximal}",
         "aggregation": f"{rule.rule}, weighted by {rule.weighting}{optimizer}",
         "evaluation": f"every {plan.evaluation.every} round(s), on {plan.data.held_out:.0%} of the examples of up to "
-        f"{plan.evaluation.clients} clients",
+        f"{plan.evaluation.clients} clients"
+        if plan.measures
+        else "none: the Plan's privacy does not allow it",
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
         "protection": _protection(plan),
-        "privacy": _privacy(plan),
-    }
+    } | {title: text for title, text in _privacy(plan).items() if text}
     assert isinstance(plan.tuning, TuningMethod)
     advised = advice(plan.tuning)
     if advised and (plan.protection.kind == "secagg" or plan.privacy.kind != "none"):

@@ -102,8 +102,8 @@ def sign(
     private = _private(key_file.expanduser())
     drawn = roster.draw_up(name, _json(members.expanduser()), issued, until)
     signed = roster.sign(drawn, private)
-    _print_members(drawn.members)
     _replace(out.expanduser(), signed)
+    _print_members(drawn.members)
     print(f"\n{_signed_by(drawn, private.public_key().public_bytes_raw())}\nWritten to {out}; it is no secret.")
 
 
@@ -129,7 +129,7 @@ def install(
                 file=sys.stderr,
             )
     _replace(opened.roster_file, raw)
-    print(f"{_signed_by(found, public)}\nInstalled in {opened.path}. Runs that have begun keep theirs.")
+    print(f"{_signed_by(found, public)}\nInstalled in {opened.path}; every run that begins from now on comes with it.")
 
 
 # --- What they share ------------------------------------------------------------------------------------------------

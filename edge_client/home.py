@@ -4,6 +4,7 @@
         edge-client.toml     settings and consent; the owner edits it, and every start reads it anew
         keys/                ca.pem  tls.key tls.pem  fleet.key  signing.key  sealing.key   (folder 0700, files 0600)
         cache/               bundles by digest
+        ledger.jsonl         what runs have spent of the data's privacy; it stays when the node leaves
         local/               by run, what of its adapter never leaves this machine   (folder 0700, files 0600)
         state.json           what the resident process last did
         resident.lock        held by the one process that works here
@@ -44,6 +45,7 @@ from farfield.protocols.identity import NAME
 
 from .consent import Consent, Section
 from .records import Record
+from .spending import LEDGER
 
 if TYPE_CHECKING:
     from farfield.protocols.envelope import Identity
@@ -350,6 +352,11 @@ class Home:
     def cache(self) -> Path:
         """The folder of downloaded bundles; it need not exist."""
         return self.path / _CACHE
+
+    @property
+    def ledger(self) -> Path:
+        """The file of what runs have spent of the data's privacy; it need not exist."""
+        return self.path / LEDGER
 
     @property
     def local(self) -> Path:

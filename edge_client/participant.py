@@ -3,21 +3,23 @@
     verify   the coordinator's signature, on the charter and on the task
     consent  the owner's limits; from here on a refusal is a reply
     fetch    the backbone, by its digest, if it is not here yet
+    spend    what the Plan costs of the data's privacy, in the owner's own ledger
     perform  the task, at a bench that stays loaded for the next one
     close    seal the reply to the round's key, and sign it
 
-Data is opened in the fourth step and not before.
+Data is opened in the fifth step and not before.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -30,11 +32,12 @@ from farfield.protocols.errors import ConsentError, DataError, FarfieldError, Tr
 from farfield.protocols.messages import Evaluate, Failed, Outcome, Refused, Reply, Secure, Secured, Task, Train
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
-from farfield.protocols.secagg import Terms
 from farfield.protocols.seeds import derive
 
 from .consent import Consent, Request, check
 from .secure import Ground, Sessions
+from .spending import Spending
+from .terms import terms
 
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
@@ -62,6 +65,7 @@ class Participant:
         report: Callable[[str, int, str], None],
         clock: Callable[[], float] = time.time,
         keep: Path | None = None,
+        ledger: Path | None = None,
     ) -> None:
         """
         Args:
@@ -71,10 +75,11 @@ class Participant:
             report: is told the run, the round, and what is being done about it.
             clock: seconds since 1970, by the coordinator's clock.
             keep: the folder for parts of adapters that never leave this machine.
+            ledger: the file where it is written down what runs spend of the data's privacy.
         """
         self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
         self._source, self._fetch, self._report, self._clock = source, fetch, report, clock
-        self._keep = keep
+        self._keep, self._spending = keep, None if ledger is None else Spending(ledger, consent)
         self._sessions = Sessions(node, identity.signing)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
@@ -105,6 +110,8 @@ class Participant:
             plan = plans.restore(charter.plan, methods.registered(), where=f"run {task.run}")
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
+            if _trains(task) and self._spending is not None:
+                self._spending.spend(plan, task.run, task.round)
             self._report(task.run, task.round, _activity(task))
             return self._perform(bench, opened)
         except ConsentError as error:
@@ -124,6 +131,8 @@ class Participant:
             opened.task.run, plan, charter.backbone, charter.backbone_bytes or None, opened.task.cohort, size
         )
         check(self._consent, request, datetime.now())
+        if self._spending is not None:
+            self._spending.check(plan, plan.training.rounds - max(opened.task.round, 1) + 1)
 
     def _at_bench(self, plan: Plan, charter: Charter, number: int) -> Bench:
         """The bench for this charter: the one that is there, or a new one in its place."""
@@ -154,11 +163,12 @@ class Participant:
         def on_step(loss: float) -> None:
             nonlocal done
             done += 1
-            self._report(opened.task.run, opened.task.round, f"training, step {done}, loss {loss:.3f}")
+            measured = "" if math.isnan(loss) else f", loss {loss:.3f}"
+            self._report(opened.task.run, opened.task.round, f"training, step {done}{measured}")
 
         def secure(task: Task, asked: Secure, work: Work) -> Secured:
-            terms = Terms(self._consent.min_cohort, self._consent.min_cohort)
-            ground = Ground(bench.plan, opened.charter.backbone, bench.frozen, terms)
+            own = terms(self._consent, opened.charter.roster, datetime.now(UTC))
+            ground = Ground(bench.plan, opened.charter.backbone, bench.frozen, own)
             return self._sessions.answer(task, asked, ground, work)
 
         worker = Worker(self._node, bench, lambda: self._read(bench), on_step, self._kept(opened), secure)
@@ -183,6 +193,10 @@ class Participant:
             seed = derive(plan.training.seed, "held-out", self._node)
             self._data = prepare(found, bench.tokenizer, plan.data, plan.model.task, seed, self._source)
         return self._data
+
+
+def _trains(task: Task) -> bool:
+    return isinstance(task.work, Train) or (isinstance(task.work, Secure) and isinstance(task.work.work, Train))
 
 
 def _activity(task: Task) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,11 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         # without one example in it, by as much again. Parts are summed in float64.
         self._slack = mechanism.clipping_norm * batch_size**2 * 2**-23
         self._slack += summing_slack(examples, mechanism.clipping_norm)
+
+    @property
+    def params(self) -> list[Any]:
+        """What is optimised, all of it: Opacus passes over, without noise, what autograd gives no gradient."""
+        return [value for group in self.param_groups for value in group["params"]]
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients of the examples in `grad_sample` to `summed_grad`."""

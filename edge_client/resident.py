@@ -100,6 +100,7 @@ class Resident:
             self._on_activity,
             clock=lambda: time.time() + self._attendance.ahead,
             keep=home.local,
+            ledger=home.ledger,
         )
         now = datetime.now(UTC)
         instance = secrets.token_hex(8)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from farfield.emulator.bench import Bench
 from farfield.protocols.errors import FarfieldError, PlanError
 from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Secure, Secured, Task, Train, Trained
 from farfield.protocols.privacy import clipping
+from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism
+from farfield.protocols.randomness import Randomness
 from farfield.protocols.seeds import derive
 from farfield.protocols.summing import Part, Shapes
 from farfield.protocols.tensors import State, pack_state, unpack_state
+from farfield.protocols.turns import takes_part
 
-from .data import ClientData
+from .data import ClientData, Example
 from .local_state import LocalState
 from .secure import Work
-from .train import evaluate, local_steps, train
+from .train import Outcome, evaluate, local_steps, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +80,55 @@ class Worker:
 
     def _trained(self, task: Task, work: Train) -> Part:
         plan, bench = self.bench.plan, self.bench
+        if not takes_part(plan, self.node, task.round):
+            raise PlanError(f"round {task.round} is not this client's turn, by the Plan's privacy.participations")
         examples = self.data().train
-        steps = local_steps(plan.training, len(examples))
         shared, own = unpack_state(work.adapter), self._own(task.round - 1)
         bench.load(shared, own)
         with bench.round(task.round):
-            done = train(
-                bench.tuned,
-                shared | own,
-                examples,
-                plan.training,
-                pad_id=bench.pad_id,
-                seed=derive(plan.training.seed, "train", task.round, task.node),
-                steps=steps,
-                first_step=(task.round - 1) * steps,
-                horizon=plan.training.rounds * steps,
-                on_step=self.on_step,
-            )
+            done = self._locally(task, shared | own, examples)
         if own and self.kept is not None:
             self.kept.save(task.round, {name: value + done.update[name] for name, value in own.items()})
         update = {name: change for name, change in done.update.items() if name in shared}
         if plan.privacy.kind == "client":
             return self._clipped(update, work)
         return Part(update, len(examples), done.targets, done.loss * done.targets, done.steps)
+
+    def _locally(self, task: Task, start: State, examples: Sequence[Example]) -> Outcome:
+        """Train at the bench, plainly or so that no single example shows."""
+        plan, bench = self.bench.plan, self.bench
+        seed = derive(plan.training.seed, "train", task.round, task.node)
+        made = mechanism(plan) if plan.privacy.kind == "example" else None
+        steps = made.steps if isinstance(made, ExampleMechanism) else local_steps(plan.training, len(examples))
+        first, horizon = (task.round - 1) * steps, plan.training.rounds * steps
+        if not isinstance(made, ExampleMechanism):
+            return train(
+                bench.tuned,
+                start,
+                examples,
+                plan.training,
+                pad_id=bench.pad_id,
+                seed=seed,
+                steps=steps,
+                first_step=first,
+                horizon=horizon,
+                on_step=self.on_step,
+            )
+        from . import private  # which imports Opacus
+
+        return private.train(
+            bench.tuned,
+            start,
+            examples,
+            plan.training,
+            made,
+            Randomness(),
+            pad_id=bench.pad_id,
+            seed=seed,
+            first_step=first,
+            horizon=horizon,
+            on_step=self.on_step,
+        )
 
     @staticmethod
     def _clipped(update: State, work: Train) -> Part:

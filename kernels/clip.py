@@ -51,7 +51,7 @@ def of_linear(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         gradients = torch.bmm(outputs.transpose(1, 2), inputs)
     else:
         gradients = torch.bmm(inputs.transpose(1, 2), outputs).transpose(1, 2)
-    return gradients.to(torch.float32, memory_format=torch.contiguous_format)
+    return gradients.contiguous().float()
 
 
 def of_embedding(indices: torch.Tensor, outputs: torch.Tensor, rows: int) -> torch.Tensor:

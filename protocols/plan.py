@@ -239,8 +239,9 @@ class Privacy(Settings):
     `target_quantile` of the updates' norms, at `quantile_rate`; `count_noise` is the standard deviation of the noise
     on that count (Andrew et al. 2021: γ, η_C and σ_b).
 
-    Held-out losses are not covered by ε, so nothing is evaluated unless `exact_evaluation` allows it. `population`
-    names those whose budget is spent.
+    ε is for a client that trains in every round, for nothing else is certain; or in `participations` of them, and then
+    the clients take turns (`protocols/turns.py`). Held-out losses are not covered by ε, so nothing is evaluated unless
+    `exact_evaluation` allows it. `population` names those whose budget is spent.
     """
 
     kind: Literal["none", "example", "client"] = "none"
@@ -253,6 +254,7 @@ class Privacy(Settings):
     target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     quantile_rate: PositiveFloat = 0.2
     count_noise: PositiveFloat = 10.0
+    participations: PositiveInt | None = None
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     exact_evaluation: bool = False
     population: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "default"
@@ -260,7 +262,7 @@ class Privacy(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.kind == "none":
-            if self.target_epsilon is not None or self.noise_multiplier is not None or self.sampling_rate is not None:
+            if any((self.target_epsilon, self.noise_multiplier, self.sampling_rate, self.participations)):
                 raise ValueError('the other keys go with kind = "example" or kind = "client"')
             return self
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -347,7 +349,12 @@ class Plan(Settings):
         return self
 
     @model_validator(mode="after")
-    def _knows_how_large_a_value_is(self) -> Self:
+    def _can_be_added_up(self) -> Self:
+        if self.protection.kind == "secagg" and self.evaluation.clients < SMALLEST_SUM:
+            raise ValueError(
+                f"a sum of {self.evaluation.clients} hides nobody: protection.kind = \"secagg\" wants "
+                f"evaluation.clients to be {SMALLEST_SUM} or more"
+            )
         if self.protection.kind == "secagg" and self.value_range is None:
             raise ValueError(
                 "nothing says how large the values of an update can be: give protection.clip_range, "
@@ -384,6 +391,11 @@ class Plan(Settings):
     def value_range(self) -> float | None:
         """Values of an update beyond ± this are clipped before they are masked."""
         return self.protection.clip_range or self.training.update_range
+
+    @property
+    def participations(self) -> int:
+        """In how many rounds a client trains, at most."""
+        return min(self.privacy.participations or self.training.rounds, self.training.rounds)
 
     @property
     def measures(self) -> bool:

@@ -228,14 +228,15 @@ class FixedPoint:
         return self._values + self._mark.size + len(self._counts) * self._limbs
 
     def pack(self, part: Part, random: Randomness) -> Words:
+        _check_shapes(part, self._shapes)
+        if not math.isfinite(part.loss):
+            raise SecAggError(f"a loss of {part.loss}, which cannot be added up", hint="Training diverged.")
         words = fixedpoint.zeros(self.length, self.modulus_bits)
         weight = self._weight(part)
         scale = np.float32(weight / self._plan.protection.weight_limit if self._weighted else 1)
         at = 0
-        for name, shape in sorted(self._shapes.items()):
+        for name in sorted(self._shapes):
             values = part.update[name].reshape(-1)
-            if part.update[name].shape != shape:
-                raise SecAggError(f"an update of shape {part.update[name].shape}, not {shape}", where=name)
             out = words[at : at + values.size]
             fixedpoint.encode(values * scale, self._ranges[name], self._levels, out, random)
             at += values.size
@@ -323,8 +324,7 @@ class Noised:
         self.modulus_bits, self.length = design.modulus_bits, design.dimension
 
     def pack(self, part: Part, random: Randomness) -> Words:
-        if {name: change.shape for name, change in part.update.items()} != dict(self._shapes):
-            raise SecAggError("an update of other tensors than the layout's")
+        _check_shapes(part, self._shapes)
         pieces = [part.update[name].reshape(-1) for name in sorted(self._shapes)]
         pieces.append(-self._mark if part.clipped else self._mark)
         return distributed.encode(np.concatenate(pieces), self._bound, self._design, random)
@@ -337,3 +337,8 @@ class Noised:
             update[name] = values[at : at + math.prod(shape)].reshape(shape)
             at += math.prod(shape)
         return Sum(update, float(clients), mark=values[at:])
+
+
+def _check_shapes(part: Part, shapes: Shapes) -> None:
+    if {name: change.shape for name, change in part.update.items()} != dict(shapes):
+        raise SecAggError("an update of other tensors than the layout's")

@@ -28,10 +28,10 @@ class FedSb(TuningMethod):
     The change is linear in R, so the mean of the clients' R makes the mean of their changes. What travels is r² values
     a layer, whatever its widths.
 
-    Papers differ in A ∈ ℝ^(r×k) and B ∈ ℝ^(d×r): the singular vectors of the first gradient of full fine-tuning
-    (LoRA-SB, Ponkshe et al. 2024, section 3), which a coordinator without data cannot have, or those of W (LoRA-XS,
-    Bałazy et al. 2024), which are another matter for each backbone and quantisation of it. Here they are drawn from
-    the seed, with orthonormal rows and columns, as LoRA-SB's step wants them; docs/tuning-methods.md has a comparison.
+    The paper takes A ∈ ℝ^(r×k) and B ∈ ℝ^(d×r) from the first gradient of full fine-tuning (LoRA-SB, Ponkshe et al.
+    2024, section 3), which a coordinator without data does not have. Here they span where W itself does most, as in
+    LoRA-XS (Bałazy et al. 2024), with orthonormal rows and columns, as LoRA-SB's step wants them. Every machine
+    computes them for itself; docs/tuning-methods.md compares them with random ones.
 
     It is built on `peft`'s LoRA with R·x before B, and saved as an ordinary LoRA whose B is B·R.
 
@@ -71,6 +71,7 @@ class FedSb(TuningMethod):
     def _rebuild(self, path: str, layer: Any, seed: int) -> None:
         """Give the LoRA layer orthonormal A and B, and R between them."""
         import torch
+        from peft.utils.integrations import dequantize_module_weight
 
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if self.rank > min(a.shape[1], b.shape[0]):
@@ -79,8 +80,12 @@ class FedSb(TuningMethod):
                 where=path.removeprefix("base_model.model."),
                 hint="Lower tuning.rank, or leave the layer out of tuning.targets.",
             )
-        a.data = _orthonormal(a.shape[1], self.rank, derive(seed, self.kind, path, "A")).T.contiguous().to(a)
-        basis = _linear(_orthonormal(b.shape[0], self.rank, derive(seed, self.kind, path, "B")).to(b))
+        weight = dequantize_module_weight(layer.get_base_layer()).detach()
+        rows, columns = _subspaces(
+            weight.T if layer.fan_in_fan_out else weight, self.rank, derive(seed, "fed-sb", path)
+        )
+        a.data = rows.T.contiguous().to(a)
+        basis = _linear(columns.to(b))
         core = _linear(b.new_zeros(self.rank, self.rank)).requires_grad_(True)
         layer.lora_B["default"] = torch.nn.Sequential(OrderedDict(core=core, basis=basis))
 
@@ -94,17 +99,30 @@ def _linear(weight: torch.Tensor) -> torch.nn.Linear:
     return layer
 
 
-def _orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    """A matrix with orthonormal columns, uniformly drawn (Mezzadri 2007, section 5) and rounded to bfloat16.
+def _subspaces(weight: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal bases, (k, rank) and (d, rank), of what `weight` (d, k) takes in and puts out most.
 
-    Processors differ in the last bits of what they compute here in float64. Rounded, it is the same on all of them.
+    One step of subspace iteration from a random start (Halko et al. 2011, algorithm 4.4 with q = 1): far cheaper than
+    singular vectors, and as good here. Processors differ in the last bits of what they compute in float64; the result
+    is rounded to bfloat16, so that it is the same on all of them.
     """
     import torch
 
-    drawn = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    basis, upper = torch.linalg.qr(drawn)
-    unique: torch.Tensor = basis * upper.diagonal().sign()
-    return unique.bfloat16().contiguous()
+    weight = weight.double()
+    start = torch.randn(weight.shape[1], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    columns = _orthonormal(weight @ start.to(weight.device))
+    rows = _orthonormal(weight.T @ columns)
+    columns = _orthonormal(weight @ rows)
+    return rows.bfloat16().contiguous(), columns.bfloat16().contiguous()
+
+
+def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+    """The one orthonormal basis of its columns whose triangular factor has a positive diagonal."""
+    import torch
+
+    basis, upper = torch.linalg.qr(matrix)
+    unique: torch.Tensor = basis * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+    return unique
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ units there are is public ("zero-out", Kairouz et al. 2021, "Practical and priva
 shuffling", def. 1.1). For what is released here it comes to the same as adding or removing the unit, so the accountants
 are asked about that.
 
-PLD (privacy loss distributions; Doroshenko et al. 2022, "Connect the dots") is tight to four digits. RDP (Mironov 2017)
+PLD (privacy loss distributions; Doroshenko et al. 2022, "Connect the dots") is tight to about four digits. RDP (Mironov 2017)
 is looser, but knows the Skellam mechanism and is cheap. Both are upper bounds, so the smaller of the two is claimed.
 
 `dp_accounting` is imported where it is used: it brings scipy's statistics and takes a second.
@@ -168,12 +168,13 @@ def noise_multiplier(release: Release, count: int, epsilon: float, delta: float)
             where="privacy.target_epsilon",
             hint="Allow a larger ε, fewer rounds or fewer steps.",
         )
-    return _refined(lambda ticks: spent(releases(ticks), delta).epsilon, _first(enough, 0, _LARGEST), epsilon) / _DIGITS
+    high = _nearly_first(enough, 0, _LARGEST)
+    return _refined(lambda ticks: spent(releases(ticks), delta).epsilon, high, epsilon) / _DIGITS
 
 
-def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The smallest number above `low` for which `holds`, which it does for `high` and from there on."""
-    while high - low > 1:
+def _nearly_first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """A number, little above the smallest above `low`, for which `holds`, which it does for `high` and all between."""
+    while high - low > max(1, high // 64):
         middle = (low + high) // 2 if high < 4 * low + 16 else math.isqrt(max(low, 1) * high)
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
@@ -182,7 +183,7 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
 def _refined(claimed: Callable[[int], float], high: int, target: float) -> int:
     """The smallest number for which `claimed`, a falling function, is at most `target`, as it is for `high`.
 
-    It lies little below `high`, and asking costs time: so a bracket first, and then by interpolation (regula falsi).
+    It lies little below `high`, and asking takes time: so a bracket first, and then by interpolation (regula falsi).
     """
     above, low, step = claimed(high), high, max(1, high // 16)
     below = above

@@ -88,7 +88,8 @@ def design(dimension: int, clients: int, survivors: int, modulus_bits: int, nois
     Raises:
         PrivacyError: nothing fits, or only a grid so coarse that B would be under `SMALLEST_GRID_BOUND`.
     """
-    if not 1 <= survivors <= clients or dimension < 1 or modulus_bits not in MODULI or noise_multiplier <= 0:
+    possible = 1 <= survivors <= clients and dimension >= 1 and 0 < noise_multiplier < math.inf
+    if not possible or modulus_bits not in MODULI:
         raise PrivacyError(
             f"no sum of {survivors} to {clients} vectors of {dimension} values modulo 2^{modulus_bits} "
             f"with noise multiplier {noise_multiplier:g}"

@@ -66,7 +66,11 @@ class Budget:
 
 
 class Ledger:
-    """The ledger in one file. Several processes and threads may have it open, and spend from the same budgets."""
+    """The ledger in one file. Several processes and threads may have it open, and spend from the same budgets.
+
+    What others wrote is known after `spend` and `refresh`, which read on from where they were. The file is locked only
+    for that long, and none of them keeps it open.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the ledger at `path`, mode 0600, making an empty one where there is none, and check all of it.
@@ -147,7 +151,7 @@ class Ledger:
 
         Raises:
             PrivacyError: it would pass the `budget`, or the file was damaged since: nothing is written. Or the disk
-                fails: then it may or may not count as spent, and this object is of no more use.
+                fails: then it may or may not count as spent, and the ledger has to be opened again.
         """
         with self._held() as file:
             if budget is None:
@@ -155,12 +159,10 @@ class Ledger:
             else:
                 after = self.forecast(entry.population, entry.mechanism, 1, budget)
             line = _line(_entry_document(entry), self._head)
-            try:
+            self._broken = True  # until it is known that the disk has it
+            with self._explained("written", "Nothing is let out for this round. Make room or repair the disk."):
                 self._append(file, line)
-            except OSError as error:
-                self._broken = True
-                hint = "Nothing is let out for this round. Make room or repair the disk, and start again."
-                raise PrivacyError(f"cannot be written: {error.strerror}", where=self.path, hint=hint) from error
+            self._broken = False
             self._take(line)
             return after
 
@@ -180,17 +182,23 @@ class Ledger:
         """The file, open and to ourselves, with all that others wrote to it read and checked."""
         with self._thread:
             if self._broken:
-                raise PrivacyError("the disk failed while this was written", where=self.path, hint="Start again.")
-            try:
+                raise PrivacyError("the disk failed while this was written", where=self.path, hint="Open it again.")
+            with self._explained("opened"):
                 file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise PrivacyError(f"cannot be opened: {error.strerror}", where=self.path) from error
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._catch_up(file)
+                with self._explained("read"):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    self._catch_up(file)
                 yield file
             finally:
                 os.close(file)
+
+    @contextmanager
+    def _explained(self, what: str, hint: str = "") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PrivacyError(f"cannot be {what}: {error.strerror}", where=self.path, hint=hint) from error
 
     def _catch_up(self, file: int) -> None:
         size = os.fstat(file).st_size

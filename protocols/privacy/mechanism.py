@@ -4,8 +4,9 @@ Whoever samples, clips or adds noise reads the numbers from here, and so does th
 for either to drift from the other.
 
 All speak of neighbours that differ in one unit whose contribution is replaced by zero, with public counts
-(`accounting.py`). With `unit` "client" every client counts as taking part in every round: who takes part is drawn from
-a public seed, and nothing keeps a coordinator from asking one client each time, so sampling amplifies nothing.
+(`accounting.py`). With `unit` "client" every client counts as taking part in every round, or in each of its turns where
+the Plan has turns, which a client enforces (`protocols/turns.py`). Cohorts are drawn from a public seed, and nothing
+keeps a coordinator from asking one client each time, so sampling them amplifies nothing.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ _KINDS: Final[Mapping[str, type[ExampleMechanism] | type[ClientMechanism]]] = {
 def mechanism(plan: Plan) -> ExampleMechanism | ClientMechanism | None:
     """The mechanism of every round of `plan`; None where it promises nothing.
 
-    `target_epsilon` becomes the smallest noise multiplier, a whole number of ten thousandths, that keeps all of
-    `training.rounds` within it at `delta`: the same for everybody who asks.
+    `target_epsilon` becomes the smallest noise multiplier, a whole number of ten thousandths, that keeps all rounds of
+    a client within it at `delta`: the same for everybody who asks.
 
     Raises:
         PrivacyError: the target cannot be met, or what the Plan asks for does not fit together.
@@ -142,9 +143,9 @@ def mechanism(plan: Plan) -> ExampleMechanism | ClientMechanism | None:
 
 
 def promised(plan: Plan) -> Spent | None:
-    """What all rounds of `plan` spend together at its δ; None where it promises nothing. Raises as `mechanism` does."""
+    """What all rounds of a client spend at the Plan's δ; None where it promises nothing. Raises as `mechanism` does."""
     made = mechanism(plan)
-    return None if made is None else spent({made.release: made.releases * plan.training.rounds}, plan.privacy.delta)
+    return None if made is None else spent({made.release: made.releases * plan.participations}, plan.privacy.delta)
 
 
 def document(mechanism: Mechanism) -> dict[str, Any]:
@@ -171,5 +172,5 @@ def _resolved(plan: Plan, made: Callable[[float], _Made]) -> _Made:
     if wanted.noise_multiplier is not None:
         return made(wanted.noise_multiplier)
     assert wanted.target_epsilon is not None  # the Plan has one of the two
-    count = made(1.0).releases * plan.training.rounds
+    count = made(1.0).releases * plan.participations
     return made(noise_multiplier(made(1.0).release, count, wanted.target_epsilon, wanted.delta))

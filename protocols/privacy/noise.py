@@ -51,7 +51,7 @@ def discrete_gaussian(count: int, sigma: float, random: Randomness) -> NDArray[n
     As near to it as `skellam` is to its own.
 
     Args:
-        sigma: from 0.03 to 2¹⁶; the standard deviation, but for a difference of less than 10⁻⁸ from σ = 1 on.
+        sigma: from 0.03 to 2¹⁶; the standard deviation too, but for a difference of less than 10⁻⁶ from σ = 1 on.
     """
     return _discrete_gaussian(sigma).draw(count, random)
 

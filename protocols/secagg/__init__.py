@@ -17,8 +17,14 @@ its own and one for each neighbour, which cancels against the neighbour's. Of a 
 client that dropped out the masks that its neighbours put on for it; nobody opens both of the same client, because each
 client answers once, and only when enough of its neighbours were told the same about who survived.
 
-What the masks do not give: a masked vector is not authenticated here, because whatever a client submits counts as its
-vector. That it comes from the client, unaltered, is the envelope's to say, which signs and seals every reply.
+What this does not give:
+
+- A masked vector is not authenticated here, because whatever a client submits counts as its vector. That it comes from
+  the client, unaltered, is the envelope's to say, which signs and seals every reply.
+- On a sparse graph a server that works together with clients may hold their reveals back, and so draw the graph again
+  as often as it has such clients to leave out. It cannot choose the graph, but of many it can take the one it likes
+  best: the bound of `parameters.choose` is for a server that draws once.
+- A client can spoil a session, by shares that do not open or give another secret. The error names it.
 """
 
 from .client import State, begin, dump, restore

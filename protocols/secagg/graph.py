@@ -1,6 +1,6 @@
 """Who masks with whom: a random k-regular graph, the same on every machine for the same seed.
 
-A Harary graph over shuffled clients (Bell et al. 2020, section 3.2): all stand in a ring in random order, and each is
+A Harary graph over shuffled clients (Bell et al. 2020, section 3): all stand in a ring in random order, and each is
 the neighbour of the k/2 nearest on either side. It stays connected until k/2 in a row are missing in two places.
 """
 

@@ -1,6 +1,6 @@
 """How many neighbours a client masks with, and how many of them can open what it shared.
 
-The rule for sparse graphs is that of Bell et al. 2020 (arXiv 2020/704, section 3.3 and lemma 3.7) as Google's
+The rule for sparse graphs is that of Bell et al. 2020 (IACR ePrint 2020/704, section 3) as Google's
 federated-compute applies it (fcp/secagg/server/graph_parameter_finder.cc): the least even degree k for which a
 threshold t exists, such that over the random graph
 

@@ -104,7 +104,7 @@ def read_roster(opened: bytes, raw: bytes) -> Mapping[str, Member]:
     """
     one = read_open(opened)
     parts = decode_roster(raw, one.clients)
-    if len(parts) < max(one.minimum, parameters.FEWEST):
+    if len(parts) < one.minimum:
         raise SecAggError(f"a roster of {len(parts)} clients, too few for a sum of {one.minimum} or more")
     _no_repeats("identity key", (key for key, _ in parts))
     _no_repeats("X25519 key", (key for _, part in parts for key in (part.box_key, part.mask_key)))
@@ -130,7 +130,7 @@ def read_session(opened: bytes, roster: bytes, reveals: bytes) -> Session:
         revealed = decode_reveals(reveals, len(members))
         for name, value in revealed.items():
             check_reveal(members, name, value)
-        if len(revealed) < max(one.minimum, parameters.FEWEST):
+        if len(revealed) < one.minimum:
             raise SecAggError(f"{len(revealed)} clients are left, too few for a sum of {one.minimum} or more")
         members = {name: members[name] for name in revealed}
         seed = _digest("secagg graph", opened, roster, reveals)

@@ -65,7 +65,7 @@ class Terms:
 
     Attributes:
         smallest_cohort: fewest clients on the roster, and, on a sparse graph, of those who stay for the sharing.
-        smallest_survivors: fewest clients whose sum may be opened.
+        smallest_survivors: what the session's own `minimum` must at least be.
         peers: raw Ed25519 key by name of all who may be on the roster; None for whomever the coordinator enrolled.
     """
 
@@ -306,8 +306,6 @@ class Submitted:
         survivors = read_split(session, sharers, common).survivors
         if owner.name not in survivors:
             raise SecAggError("this client is said to have dropped out, and has not", where=owner.name)
-        if len(survivors) < owner.terms.smallest_survivors:
-            raise SecAggError(f"a sum of {len(survivors)}, where {owner.terms.smallest_survivors} are asked for")
         _enough_holders(session, owner, survivors)
         after = Confirmed(self.opened, self.roster, self.reveals, self.sharers, common, self.seeds, self.keys)
         return after, encode_confirmation(confirm(owner.identity, session, common))
@@ -363,9 +361,8 @@ def _sharers(session: Session, owner: Owner, raw: bytes) -> frozenset[str]:
         raise SecAggError("said to have shared, and is no member", where=min(strangers))
     if owner.name not in sharers:
         raise SecAggError("the shares of this client were left out", where=owner.name)
-    fewest = max(session.open.minimum, owner.terms.smallest_survivors)
-    if len(sharers) < fewest:
-        raise SecAggError(f"{len(sharers)} clients shared, too few for a sum of {fewest} or more")
+    if len(sharers) < session.open.minimum:
+        raise SecAggError(f"{len(sharers)} clients shared, too few for a sum of {session.open.minimum} or more")
     _enough_holders(session, owner, sharers)
     return sharers
 

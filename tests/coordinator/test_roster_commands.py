@@ -19,6 +19,7 @@ from tiny import Ended
 from farfield.coordinator import cli
 from farfield.coordinator.home import Home
 from farfield.coordinator.storage import Node, Store
+from farfield.protocols.errors import HomeError
 from farfield.protocols.roster import draw_up, open_roster, sign
 
 SOON = datetime.now(UTC)
@@ -117,7 +118,7 @@ def test_from_a_key_to_the_charters_of_runs(command: Command, home: Home, store:
 
     installed = command("install", "roster.json", "--home", home.path)
     assert (installed.status, installed.err) == (0, "")
-    assert f"Signed with the key {public}.\nInstalled in {home.path}." in installed.out
+    assert f"Signed with the key {public}.\nInstalled in {home.path};" in installed.out
     roster = open_roster(home.roster(), bytes.fromhex(public), datetime.now(UTC))
     assert (roster.consortium, roster.members) == ("Clinics", MEMBERS)
     assert roster.expires == roster.issued + timedelta(days=365)
@@ -231,5 +232,5 @@ def test_what_no_client_would_believe_is_not_installed(command: Command, home: H
 
 def test_a_roster_that_cannot_be_read_ends_a_run_with_a_reason(home: Home) -> None:
     home.roster_file.mkdir()
-    with pytest.raises(Exception, match=r"roster\.json: cannot be read: Is a directory"):
+    with pytest.raises(HomeError, match=r"roster\.json: cannot be read: Is a directory"):
         home.roster()

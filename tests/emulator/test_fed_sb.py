@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,6 +15,7 @@ from test_methods import logits, method_of
 from torch.nn import functional
 
 from farfield.emulator.methods import Setting, Tuned
+from farfield.emulator.methods.fed_sb import _subspaces
 from farfield.protocols.errors import TuningError
 
 RANK = 8
@@ -35,7 +38,7 @@ def moved(family: str, dtype: torch.dtype = torch.float32) -> Tuned:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_every_target_computes_its_equation(family: str) -> None:
     tuned = moved(family)
-    layers = [module for module in tuned.model.modules() if hasattr(module, "lora_A")]
+    layers: list[Any] = [module for module in tuned.model.modules() if hasattr(module, "lora_A")]
     assert len(layers) == 2 * len(FAMILIES[family].linears)
     for layer in layers:
         base, a = layer.get_base_layer(), layer.lora_A["default"].weight
@@ -51,7 +54,8 @@ def test_every_target_computes_its_equation(family: str) -> None:
 
 def test_the_frozen_factors_are_orthonormal_and_unlike_each_other() -> None:
     seen = []
-    for module in moved("llama").model.modules():
+    modules: Iterable[Any] = moved("llama").model.modules()
+    for module in modules:
         if hasattr(module, "lora_A"):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].basis.weight
             for basis in (a, b.T):
@@ -61,14 +65,29 @@ def test_the_frozen_factors_are_orthonormal_and_unlike_each_other() -> None:
     assert len({tuple(one.flatten().tolist()) for one in seen}) == len(seen) == 28
 
 
-def test_the_frozen_factors_are_the_same_in_every_number_format() -> None:
-    """What is drawn has 8 bits, so the last bits of a processor's float64 are not seen."""
-    frozen = [
-        {name: p.float() for name, p in moved("llama", dtype).model.named_parameters() if ".basis." in name}
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    assert frozen[0]
-    assert all(torch.equal(value, frozen[1][name]) for name, value in frozen[0].items())
+def test_the_frozen_factors_have_8_bits_so_that_a_processors_last_ones_are_not_seen() -> None:
+    for name, parameter in moved("llama").model.named_parameters():
+        if ".basis." in name or ".lora_A." in name:
+            assert torch.equal(parameter, parameter.bfloat16().float())
+    weight = torch.randn(96, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = 1e-15 * torch.randn(96, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for one, other in zip(_subspaces(weight, 16, 3), _subspaces(weight + noise, 16, 3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_frozen_factors_span_what_the_weight_does_most() -> None:
+    """A matrix with RANK large singular values: what is left of it outside the two spaces is small."""
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64, generator=generator))[0] for n in (96, 64))
+    weight = left @ torch.diag(torch.tensor([1.0] * RANK + [0.05] * (40 - RANK), dtype=torch.float64)) @ right.T
+    rows, columns = (basis.double() for basis in _subspaces(weight, RANK, 3))
+    assert torch.linalg.matrix_norm(weight - columns @ columns.T @ weight, 2) < 0.1
+    assert torch.linalg.matrix_norm(weight - weight @ rows @ rows.T, 2) < 0.1
+
+
+def test_a_weight_of_zeros_has_bases_too() -> None:
+    for basis in _subspaces(torch.zeros(12, 10), 4, 3):
+        torch.testing.assert_close(basis.float().T @ basis.float(), torch.eye(4), rtol=0, atol=0.02)
 
 
 def test_what_is_trained_is_one_linear_layer_per_target_from_zero() -> None:

@@ -38,6 +38,9 @@ minimum = 3
 
 [evaluation]
 examples = 24
+
+[protection]
+kind = "sealed"  # nothing is rounded; secure sums are in test_secure.py
 """
 CLIENTS = 3
 

