@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench bench-federation protos clean
+.PHONY: help demo test test-slow check format bench bench-federation bench-secagg protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      formatting, lint, types, import boundaries"
 	@echo "make bench      the benchmark on SST-2; BENCH_ARGS are passed on"
 	@echo "make bench-federation  round latency, download of bundles, memory of aggregation"
+	@echo "make bench-secagg  secure aggregation beside Flower's SecAgg+"
 	@echo "make format     reformat the code"
 	@echo "make protos     generate the code for protocols/*.proto"
 
@@ -68,6 +69,9 @@ bench-federation: .venv/product
 	$(BIN)/python benchmarks/round_latency.py
 	$(BIN)/python benchmarks/bundles.py
 	$(BIN)/python benchmarks/aggregation.py
+
+bench-secagg: .venv/product
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/secure_aggregation.py
 
 protos: .venv/dev
 	mkdir -p build/protos

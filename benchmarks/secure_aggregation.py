@@ -14,6 +14,9 @@ Flower's side is the code of its package: the functions behind `secaggplus_mod`,
 and the same vector. Of the masked vectors that Flower's server adds at full size, all are copies of one, because a real
 one takes seconds to make and 80 MB; its work does not depend on what is in them. Before anything is timed, both sides
 aggregate a small vector for real. Our sums, small and large, must equal the plain sum of the fixed-point values.
+
+What counts is processor time, which other work on the machine lengthens less than the time by the clock. Neither side
+computes in parallel: the threads in Flower's sharing are of Python and take turns.
 """
 
 from __future__ import annotations
@@ -92,17 +95,31 @@ def draw(values: int, number: int) -> Values:
     return np.multiply(drawn, LIMIT / 4, out=drawn)
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds: of processor, all threads together, and by the clock."""
+
+    busy: float
+    clock: float
+
+    def __add__(self, other: Took) -> Took:
+        return Took(self.busy + other.busy, self.clock + other.clock)
+
+    def __sub__(self, other: Took) -> Took:
+        return Took(self.busy - other.busy, self.clock - other.clock)
+
+
 class Stopwatch:
-    """Seconds within `with`, summed."""
+    """What was taken within `with`, summed."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.took = Took(0.0, 0.0)
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._began = Took(time.process_time(), time.perf_counter())
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.took += Took(time.process_time(), time.perf_counter()) - self._began
 
 
 # Ours
@@ -153,7 +170,7 @@ class Ours:
 class Client:
     """What one client took, and sent: in its masked vector, and in everything else."""
 
-    seconds: float
+    took: Took
     vector_bytes: int
     other_bytes: int
 
@@ -175,7 +192,7 @@ def our_client(update: Values, neighbours: int) -> Client:
                 sent[step] = len(answer)
                 if step is Step.UNMASK:
                     vector = sent.pop(Step.SUBMIT)
-                    return Client(watch.seconds, vector, sum(sent.values()))
+                    return Client(watch.took, vector, sum(sent.values()))
             else:
                 with patch.object(masks, "add", lambda *_: None):
                     answer = ours.answer(name, common, own, nothing if step is Step.SUBMIT else None)
@@ -193,8 +210,8 @@ def _forget(step: Step, sparse: bool) -> None:
         session.read_session.cache_clear()
 
 
-def our_server(values: int, clients: int, dropped: int) -> float:
-    """Seconds, with all clients run for real. The sum must be exact."""
+def our_server(values: int, clients: int, dropped: int) -> Took:
+    """With all clients run for real. The sum must be exact."""
     ours, watch = Ours(clients, values, DEFAULTS), Stopwatch()
     plain, silent = np.zeros(values, np.int64), set(list(ours.identities)[:dropped])
     with watch:
@@ -221,7 +238,7 @@ def our_server(values: int, clients: int, dropped: int) -> float:
         decoded = fixedpoint.decode(after.total, ours.modulus_bits, LIMIT, ours.levels)
     assert after.clients == tuple(sorted(ours.identities.keys() - silent))
     assert np.array_equal(decoded, plain * (LIMIT / ours.levels)), "the sum is not that of the fixed-point values"
-    return watch.seconds
+    return watch.took
 
 
 # Flower's
@@ -287,7 +304,7 @@ def flower_client_work(update: Values, neighbours: int) -> Client:
     answer(Stage.COLLECT_MASKED_VECTORS, inbox)
     answer(Stage.UNMASK, {Key.ACTIVE_NODE_ID_LIST: list(everybody), Key.DEAD_NODE_ID_LIST: []})
     vector = sent.pop(2)
-    return Client(watch.seconds, vector, sum(sent))
+    return Client(watch.took, vector, sum(sent))
 
 
 def _size(value: Any) -> int:
@@ -301,18 +318,18 @@ class FlowerGrid:
     """Clients who answer at once; the dropped share their secrets, and then fall silent.
 
     Attributes:
-        clock: runs while the server waits.
+        waited: what the server waited for.
     """
 
     def __init__(self, updates: Callable[[int], Parameters], clients: int, dropped: int, copies: bool) -> None:
         """`copies`: all submit the masked vector of the first, and mask a single value besides, to read their inbox."""
-        self.clock = Stopwatch()
+        self.waited = Stopwatch()
         self._clients = {node: FlowerClient(node) for node in range(1, clients + 1)}
         self._updates, self._dropped, self._copies = updates, dropped, copies
         self._masked: Any = None
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        with self.clock:
+        with self.waited:
             return list(self._replies(messages))
 
     def _replies(self, messages: Iterable[Message]) -> Iterator[Message]:
@@ -358,8 +375,8 @@ class Proxy:
     node_id: int
 
 
-def flower_server(updates: Callable[[int], Values], clients: int, dropped: int, copies: bool) -> tuple[float, Values]:
-    """Seconds, and the mean that came out."""
+def flower_server(updates: Callable[[int], Values], clients: int, dropped: int, copies: bool) -> tuple[Took, Values]:
+    """And the mean that came out."""
     chosen, strategy = graph(clients, DEFAULTS), Once(clients)
     grid = FlowerGrid(lambda node: ndarrays_to_parameters([updates(node)]), clients, dropped, copies)
     state = RecordDict()
@@ -377,7 +394,7 @@ def flower_server(updates: Callable[[int], Values], clients: int, dropped: int, 
     with whole:
         workflow(cast(Grid, grid), context)
     (mean,) = parameters_to_ndarrays(strategy.mean)
-    return whole.seconds - grid.clock.seconds, mean
+    return whole.took - grid.waited.took, mean
 
 
 def check(values: int, clients: int, dropped: int) -> None:
@@ -399,7 +416,7 @@ def aes_speed(algorithm: type[algorithms.AES128] | type[algorithms.AES256], key_
     with watch:
         for _ in range(blocks):
             stream.update_into(zeros, drawn)
-    return blocks * masks.BLOCK_BYTES / watch.seconds / 1e9
+    return blocks * masks.BLOCK_BYTES / watch.took.busy / 1e9
 
 
 def mask_speed(vector: Words) -> float:
@@ -407,7 +424,7 @@ def mask_speed(vector: Words) -> float:
     keys, watch = [secrets.token_bytes(masks.KEY_BYTES) for _ in range(8)], Stopwatch()
     with watch:
         masks.add(vector, keys[:4], keys[4:])
-    return len(keys) * vector.nbytes / watch.seconds / 1e9
+    return len(keys) * vector.nbytes / watch.took.busy / 1e9
 
 
 @dataclass(slots=True)
@@ -434,8 +451,12 @@ class Noise:
     modulus_bits: int
     inflation: float | None
 
+    def __str__(self) -> str:
+        noise = "does not fit" if self.inflation is None else f"noise × {self.inflation:.3f}"
+        return f"{self.modulus_bits / 8:.2f}: {noise}"
 
-def noise(values: int, clients: int, dropped: int) -> list[Noise]:
+
+def noise(values: int, clients: int, dropped: int) -> tuple[Noise, Noise]:
     """What `distributed.smallest` picks, and then what 16 bits would come to."""
     survivors = clients - dropped
     picked = distributed.smallest(values, clients, survivors, NOISE_MULTIPLIER)
@@ -443,7 +464,7 @@ def noise(values: int, clients: int, dropped: int) -> list[Noise]:
         inflation: float | None = distributed.design(values, clients, survivors, 16, NOISE_MULTIPLIER).inflation
     except PrivacyError:
         inflation = None
-    return [Noise(picked.modulus_bits, picked.inflation), Noise(16, inflation)]
+    return Noise(picked.modulus_bits, picked.inflation), Noise(16, inflation)
 
 
 # The report
@@ -458,6 +479,9 @@ class Verdict:
     wanted: str
     met: bool
 
+    def __str__(self) -> str:
+        return f"{'met' if self.met else 'MISSED'}: {self.what}: {self.figure:.2f}; wanted {self.wanted}"
+
 
 def at_least(what: str, figure: float, wanted: float) -> Verdict:
     return Verdict(what, figure, f"≥ {wanted:g}", figure >= wanted)
@@ -467,99 +491,106 @@ def at_most(what: str, figure: float, wanted: float) -> Verdict:
     return Verdict(what, figure, f"≤ {wanted:g}", round(figure, 2) <= wanted)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All figures.
+
+    Attributes:
+        clients: by the number of neighbours.
+        server: of both sides.
+        noise: what is picked, and what 16 bits come to.
+    """
+
+    machine: str
+    values: int
+    clients: dict[int, tuple[list[Client], list[Client]]]
+    server: tuple[Took, Took]
+    noise: tuple[Noise, Noise]
+    speeds: Speeds
+
+
+def report(measured: Measured, server: str) -> list[Verdict]:
+    """Print the table, ours beside Flower's. `server`: what is said of the server's session."""
+    print(f"{measured.machine}; {measured.values:,} values\n")
+    print("| what | ours | Flower's SecAgg+ | ratio | by the clock |\n|---|---|---|---|---|")
+    verdicts = [
+        _compare(f"client, {degree} neighbours", [one.took for one in ours], [one.took for one in theirs])
+        for degree, (ours, theirs) in measured.clients.items()
+    ]
+    verdicts.append(_compare(f"server, {server}", *([took] for took in measured.server)))
+    sent = [ran[0] for ran in list(measured.clients.values())[-1]]
+    ours, theirs = (f"{one.vector_bytes / measured.values:.2f}, and {one.other_bytes / 1e3:.0f} kB" for one in sent)
+    print(f"| bytes a parameter up | {ours} | {theirs} | {sent[1].vector_bytes / sent[0].vector_bytes:.1f} | |")
+    verdicts.append(at_most("bytes a parameter up", sent[0].vector_bytes / measured.values, BYTES))
+    picked, small = measured.noise
+    verdicts.append(at_most("bytes a parameter up, distributed noise", picked.modulus_bits / 8, BYTES_WITH_NOISE))
+    print(f"| … with distributed noise | {picked} (or {small}) | | | |")
+    speeds = measured.speeds
+    share = median(mask / aes for mask, aes in zip(speeds.masks, speeds.aes128, strict=True))
+    verdicts.append(at_least("masks, of AES-128-CTR's own speed", share, OF_AES))
+    print(
+        f"\nmasks {_spread(speeds.masks)} GB/s; AES-128-CTR {_spread(speeds.aes128)}; "
+        f"AES-256-CTR {_spread(speeds.aes256)}\nevery sum of ours equals the plain sum of the fixed-point values\n"
+    )
+    print(*verdicts, sep="\n")
+    return verdicts
+
+
+def _compare(what: str, ours: list[Took], theirs: list[Took]) -> Verdict:
+    """A row of the table; what counts is processor time."""
+    busy, clock = ([[getattr(one, kind) for one in side] for side in (ours, theirs)] for kind in ("busy", "clock"))
+    ratio, other = (median(seconds[1]) / median(seconds[0]) for seconds in (busy, clock))
+    print(
+        f"| {what} | {_spread(busy[0])} s | {_spread(busy[1])} s | {ratio:.1f} "
+        f"| {median(clock[0]):.2f} s, {median(clock[1]):.2f} s: {other:.1f} |"
+    )
+    return at_least(f"{what}, times less time", ratio, FASTER)
+
+
+def _spread(figures: list[float]) -> str:
+    if len(figures) == 1:
+        return f"{figures[0]:.2f}"
+    return f"{median(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
     values: Annotated[int, typer.Option(min=1000, help="Parameters in an update.")] = 10_000_000,
-    neighbours: Annotated[
-        list[int] | None, typer.Option(min=2, help="Of the client. [default: 12, 32 and 99]", show_default=False)
-    ] = None,
+    neighbours: Annotated[list[int] | None, typer.Option(min=2, help="Of a client. [default: 12, 32, 99]")] = None,
     clients: Annotated[int, typer.Option(min=6, help="Of the server.")] = 100,
     dropped: Annotated[int, typer.Option(min=0, help="How many of them drop out.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Of a client's work, in turn.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    before, degrees = os.getloadavg()[0], neighbours or [12, 32, 99]
+    before, update, speeds = os.getloadavg()[0], draw(values, 0), Speeds([], [], [])
     check(1000, clients=7, dropped=1)
-    update, speeds = draw(values, 0), Speeds([], [], [])
-    found: dict[int, dict[str, list[Client]]] = {degree: {"ours": [], "Flower": []} for degree in degrees}
+    found: dict[int, tuple[list[Client], list[Client]]] = {degree: ([], []) for degree in neighbours or [12, 32, 99]}
     for repeat in range(repeats):
-        for degree in degrees:
+        for degree, (ours, theirs) in found.items():
             with _told(f"client with {degree} neighbours, {repeat + 1} of {repeats}"):
                 speeds.measure(fixedpoint.zeros(values, 32))
-                found[degree]["ours"].append(our_client(update, degree))
-                found[degree]["Flower"].append(flower_client_work(update, degree))
-    server = {}
+                ours.append(our_client(update, degree))
+                theirs.append(flower_client_work(update, degree))
     with _told(f"our server with {clients} clients"):
-        server["ours"] = our_server(values, clients, dropped)
+        our_took = our_server(values, clients, dropped)
     speeds.measure(fixedpoint.zeros(values, 32))
     with _told(f"Flower's server with {clients} clients"):
-        server["Flower"], _ = flower_server(lambda _: update, clients, dropped, copies=True)
+        their_took, _ = flower_server(lambda _: update, clients, dropped, copies=True)
     speeds.measure(fixedpoint.zeros(values, 32))
-    noises = noise(values, clients, dropped)
-
     machine = (
         f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"flwr {version('flwr')}, cryptography {version('cryptography')}; "
         f"load {before:.1f} at the beginning, {os.getloadavg()[0]:.1f} at the end"
     )
-    chosen = graph(clients, DEFAULTS)
-    print(f"{machine}; {values:,} values\n")
-    print("| what | ours | Flower's SecAgg+ | ratio |\n|---|---|---|---|")
-    verdicts = []
-    for degree, sides in found.items():
-        seconds = {side: [one.seconds for one in ran] for side, ran in sides.items()}
-        ratio = median(seconds["Flower"]) / median(seconds["ours"])
-        ours, theirs = _seconds(seconds["ours"]), _seconds(seconds["Flower"])
-        print(f"| client, {degree} neighbours | {ours} | {theirs} | {ratio:.1f} |")
-        verdicts.append(at_least(f"client with {degree} neighbours, times faster", ratio, FASTER))
-    ratio = server["Flower"] / server["ours"]
-    print(
-        f"| server, {clients} clients, {dropped} dropped, {chosen.degree} neighbours | {server['ours']:.2f} s "
-        f"| {server['Flower']:.2f} s | {ratio:.1f} |"
-    )
-    verdicts.append(at_least("server, times faster", ratio, FASTER))
-    one, other = (found[degrees[-1]][side][0] for side in ("ours", "Flower"))
-    up = one.vector_bytes / values
-    print(
-        f"| bytes a parameter up | {up:.2f} and {one.other_bytes / 1e3:.0f} kB "
-        f"| {other.vector_bytes / values:.2f} and {other.other_bytes / 1e3:.0f} kB "
-        f"| {other.vector_bytes / one.vector_bytes:.1f} |"
-    )
-    verdicts.append(at_most("bytes a parameter up", up, BYTES))
-    picked, small = noises
-    inflated = "does not fit" if small.inflation is None else f"noise × {small.inflation:.3f}"
-    print(
-        f"| bytes a parameter up, distributed noise | {picked.modulus_bits / 8:.2f}, noise × {picked.inflation:.3f} "
-        f"(at 2 bytes: {inflated}) | none | |"
-    )
-    verdicts.append(at_most("bytes a parameter up, distributed noise", picked.modulus_bits / 8, BYTES_WITH_NOISE))
-    rates = {kind: median(rate) for kind, rate in asdict(speeds).items()}
-    share = median(mask / aes for mask, aes in zip(speeds.masks, speeds.aes128, strict=True))
-    print(
-        f"\nmasks {rates['masks']:.1f} GB/s; AES-128-CTR {rates['aes128']:.1f} ({_range(speeds.aes128)}), "
-        f"AES-256-CTR {rates['aes256']:.1f} ({_range(speeds.aes256)}); medians of {len(speeds.masks)}, in turn"
-    )
-    verdicts.append(at_least("masks, of AES-128-CTR's own speed", share, OF_AES))
-    print("every sum of ours equals the plain sum of the fixed-point values\n")
-    for verdict in verdicts:
-        print(f"{'met' if verdict.met else 'MISSED'}: {verdict.what}: {verdict.figure:.2f}; wanted {verdict.wanted}")
+    measured = Measured(machine, values, found, (our_took, their_took), noise(values, clients, dropped), speeds)
+    degree = graph(clients, DEFAULTS).degree
+    verdicts = report(measured, f"{clients} clients, {dropped} dropped, {degree} neighbours")
     if json_file is not None:
-        document = {
-            "machine": machine,
-            "values": values,
-            "clients": {
-                str(degree): {side: [asdict(one) for one in ran] for side, ran in sides.items()}
-                for degree, sides in found.items()
-            },
-            "server": server,
-            "noise": [asdict(one) for one in noises],
-            "speeds": asdict(speeds),
-            "verdicts": [asdict(one) for one in verdicts],
-        }
+        document = asdict(measured) | {"verdicts": [asdict(one) for one in verdicts]}
         json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -568,14 +599,6 @@ def _told(what: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-
-
-def _seconds(seconds: list[float]) -> str:
-    return f"{median(seconds):.2f} s ({_range(seconds)})"
-
-
-def _range(figures: list[float]) -> str:
-    return f"{min(figures):.2f} to {max(figures):.2f}"
 
 
 if __name__ == "__main__":

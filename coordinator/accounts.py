@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.accounting import Spent
 from farfield.protocols.privacy.ledger import Budget, Entry, Ledger
 from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism
+from farfield.protocols.turns import turn
 
 LEDGER: Final = "ledger.jsonl"
 """The ledger's name in a coordinator's home, and in the folder of a simulated run."""
@@ -37,7 +39,9 @@ class RunAccounts:
         """
         if self._budget is None:
             return None
-        rounds = self._plan.training.rounds - done
+        # Of the clients who take turns, those have most rounds before them who have the first of what is left.
+        left = range(done + 1, self._plan.training.rounds + 1)
+        rounds = max(Counter(turn(self._plan, number) for number in left).values(), default=0)
         return self._ledger.forecast(self._plan.privacy.population, self._mechanism, rounds, self._budget)
 
     def spend(self, number: int) -> None:
@@ -56,6 +60,7 @@ class RunAccounts:
                 plan=self._plan.digest,
                 mechanism=self._mechanism,
                 note=f"noise added by {by_whom}",
+                turn=turn(self._plan, number),
             ),
             self._budget,
         )

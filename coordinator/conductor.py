@@ -177,7 +177,7 @@ class Conductor:
             self._accounts.spend(number)
         eligible = [node for node in present if takes_part(plan, node, number)]
         cohort = sample_cohort(plan, number, eligible)
-        wanted = cohort_size(plan.cohort, len(eligible)) if plan.cohort.over_selection else None
+        wanted = cohort_size(plan, len(eligible)) if plan.cohort.over_selection else None
         norm = last.bounds.clipping_norm
         if not self._secure:
             now = self._carrier.now()
@@ -239,6 +239,7 @@ class Conductor:
         )
         for activity, one in secure.steps():
             self._carrier.carry(one, activity, traffic)
+        traffic.note(secure.problems)
         if secure.failure:
             traffic.note({_ALL: secure.failure})
         return secure

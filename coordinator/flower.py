@@ -34,6 +34,7 @@ from farfield.protocols.flower import body_record, from_record, to_record
 from farfield.protocols.messages import Evaluate, Task
 from farfield.protocols.parcel import release_freed_frames
 from farfield.protocols.plan import Plan
+from farfield.protocols.roster import open_roster, stated_key
 
 from .accounts import accounts
 from .asking import Verdict
@@ -129,12 +130,13 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
         raise RunError("its backbone's bundle is not in the database", where=f"run {run.name}")
     if backbone.fingerprint(bundle.folder) != folder.info.backbone_fingerprint:
         raise RunError("the backbone has changed since this run began", where=bundle.folder, hint="Start a new run.")
-    roll = _DatabaseRoll(store, run.name)
+    roster = home.roster()
+    roll = _DatabaseRoll(store, run.name, _vouched_for(roster))
     roll.say("loading the backbone")
     bench = Bench(parsed, bundle.folder)
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
-    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen, home.roster())
+    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen, roster)
     carrier = GridCarrier(grid, roll, parsed, charter, home.authority().signer())
     account = accounts(parsed, run.name, home.path, home.budget)
     if account is not None:
@@ -222,10 +224,14 @@ class Roll(Protocol):
 
 
 class _DatabaseRoll:
-    """Those who attend at the federation service and are known to Flower, by the database."""
+    """Those who attend at the federation service and are known to Flower, by the database.
 
-    def __init__(self, store: Store, run: str) -> None:
-        self._store, self._run = store, run
+    Where a consortium's roster is installed, only those on it: a round with anybody else would be refused by all who
+    ask for the roster.
+    """
+
+    def __init__(self, store: Store, run: str, members: Mapping[str, bytes] | None = None) -> None:
+        self._store, self._run, self._members = store, run, members
         self._last: Mapping[str, Present] = {}
 
     def present(self) -> Mapping[str, Present]:
@@ -233,8 +239,12 @@ class _DatabaseRoll:
             run = self._store.run(self._run)
             if run is None or run.state is not RunState.RUNNING:
                 raise Cancelled
-            self._last = {node.name: found for node in self._store.nodes() if (found := _present(node))}
+            nodes = [node for node in self._store.nodes() if self._may_take_part(node)]
+            self._last = {node.name: found for node in nodes if (found := _present(node))}
         return self._last
+
+    def _may_take_part(self, node: Node) -> bool:
+        return self._members is None or self._members.get(node.name) == node.signing_key
 
     def revoked(self, node: str) -> bool:
         with _bearing():
@@ -249,6 +259,11 @@ class _DatabaseRoll:
     def tell(self, node: str, text: str) -> None:
         with _bearing():
             self._store.notify(node, text, datetime.now(UTC))
+
+
+def _vouched_for(roster: bytes) -> Mapping[str, bytes] | None:
+    """The members of an installed roster; None where there is none. Raises TrustError when no client would take it."""
+    return open_roster(roster, stated_key(roster), datetime.now(UTC)).members if roster else None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from farfield.emulator.methods import TuningMethod
 from farfield.protocols.errors import WireError
 from farfield.protocols.messages import Evaluate, Evaluated, Reply, Train, Trained
-from farfield.protocols.plan import Cohort, Plan
+from farfield.protocols.plan import Plan
 from farfield.protocols.privacy import central
 from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism
 from farfield.protocols.seeds import derive
@@ -47,12 +47,12 @@ class Score:
     clients: tuple[str, ...]
 
 
-def cohort_size(settings: Cohort, present: int) -> int:
+def cohort_size(plan: Plan, present: int) -> int:
     """How many of `present` clients one round wants."""
-    if settings.size is not None:
-        return min(settings.size, present)
-    if settings.fraction is not None:
-        return min(present, max(settings.minimum, round(settings.fraction * present)))
+    if plan.cohort.size is not None:
+        return min(plan.cohort.size, present)
+    if plan.cohort.fraction is not None:
+        return min(present, max(plan.smallest_cohort, round(plan.cohort.fraction * present)))
     return present
 
 
@@ -63,7 +63,7 @@ def sample_cohort(plan: Plan, number: int, present: Iterable[str]) -> list[str]:
     """
     nodes = sorted(present)
     generator = random.Random(derive(plan.training.seed, "cohort", number))
-    wanted = cohort_size(plan.cohort, len(nodes))
+    wanted = cohort_size(plan, len(nodes))
     if not plan.cohort.over_selection:
         return sorted(generator.sample(nodes, wanted))
     return generator.sample(nodes, min(len(nodes), math.ceil(wanted * (1 + plan.cohort.over_selection))))
@@ -114,7 +114,8 @@ class TrainingRound(Asking):
         self._shapes = trained_shapes(plan, adapter, number)
         self._clipping_norm = clipping_norm
         made = mechanism(plan)
-        self._mark = marks(made, clipping_norm) if isinstance(made, ClientMechanism) and clipping_norm else np.zeros(0)
+        self._made = made if isinstance(made, ClientMechanism) else None
+        self._mark = marks(self._made, clipping_norm) if self._made and clipping_norm else np.zeros(0)
         self._marks = np.zeros(self._mark.size)
         # In single precision the order of the sum would change it by more than noise can well be made for.
         self._dtype = np.float32 if clipping_norm is None else np.float64
@@ -151,7 +152,9 @@ class TrainingRound(Asking):
     @property
     def _slack(self) -> float:
         """What the order of the sum can change it by, where it matters."""
-        return central.summing_slack(len(self._counted), self._clipping_norm or 0.0)
+        if self._made is None or self._clipping_norm is None:
+            return 0.0
+        return central.summing_slack(len(self._counted), self._made.bound(self._clipping_norm))
 
     def _check(self, trained: Trained) -> None:
         """Raises WireError unless the update's tensors are what was asked for, finite, and remain so in the sum."""

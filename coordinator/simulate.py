@@ -79,6 +79,13 @@ def simulate(request: Request, progress: Progress) -> Result:
             f"cohort.minimum = {plan.cohort.minimum}, but there are {len(clients)} clients: no round could ever count",
             where=request.plan,
         )
+    if plan.smallest_cohort > len(clients):
+        raise PlanError(
+            f'protection.kind = "secagg" takes {plan.smallest_cohort} clients, and there are {len(clients)}: '
+            "a sum of fewer hides nobody",
+            where=request.plan,
+            hint='Use more clients, or protection.kind = "sealed".',
+        )
     model_folder = backbone.resolve(plan.model.backbone, request.plan.absolute().parent)
     backbone.check(model_folder)
     fingerprint = backbone.fingerprint(model_folder)

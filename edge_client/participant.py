@@ -33,6 +33,7 @@ from farfield.protocols.messages import Evaluate, Failed, Outcome, Refused, Repl
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
+from farfield.protocols.turns import takes_part
 
 from .consent import Consent, Request, check
 from .secure import Ground, Sessions
@@ -132,7 +133,10 @@ class Participant:
         )
         check(self._consent, request, datetime.now())
         if self._spending is not None:
-            self._spending.check(plan, plan.training.rounds - max(opened.task.round, 1) + 1)
+            ahead = range(max(opened.task.round, 1), plan.training.rounds + 1)
+            self._spending.check(
+                plan, opened.task.run, [number for number in ahead if takes_part(plan, self._node, number)]
+            )
 
     def _at_bench(self, plan: Plan, charter: Charter, number: int) -> Bench:
         """The bench for this charter: the one that is there, or a new one in its place."""

@@ -41,11 +41,9 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         mechanism: ExampleMechanism,
         random: Randomness,
-        *,
         examples: int,
-        batch_size: int,
     ) -> None:
-        """`examples`: how many there are in all; they come in parts of at most `batch_size`."""
+        """`examples`: how many there are in all."""
         super().__init__(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
@@ -53,10 +51,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=mechanism.sampling_rate * examples,
         )
         self._random = random
-        # A part is summed in float32, where a sum of b terms is off by at most b·2⁻²⁴ of their magnitudes' sum, b·C;
-        # without one example in it, by as much again. Parts are summed in float64.
-        self._slack = mechanism.clipping_norm * batch_size**2 * 2**-23
-        self._slack += summing_slack(examples, mechanism.clipping_norm)
+        rounding = mechanism.clipping_norm * clip.SUM_ERROR
+        self._slack = rounding + summing_slack(examples, mechanism.clipping_norm)
 
     @property
     def params(self) -> list[Any]:
@@ -67,7 +63,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         """Add the clipped gradients of the examples in `grad_sample` to `summed_grad`."""
         sums = clip.clipped_sums([value.grad_sample for value in self.params], self.max_grad_norm)
         for value, found in zip(self.params, sums, strict=True):
-            value.summed_grad = found.double() if value.summed_grad is None else value.summed_grad.add_(found)
+            value.summed_grad = found if value.summed_grad is None else value.summed_grad.add_(found)
 
     def add_noise(self) -> None:
         """Make `grad` of `summed_grad`, which is gone then: noise is added to each sum once."""
@@ -121,13 +117,7 @@ def train(
     parameters = tuned.trainable()
     masters = MasterWeights(parameters, start)
     values = dict(zip(parameters, masters.values, strict=True))
-    optimizer = NoisyOptimizer(
-        make_optimizer(training, masters.values),
-        mechanism,
-        random,
-        examples=len(examples),
-        batch_size=training.batch_size,
-    )
+    optimizer = NoisyOptimizer(make_optimizer(training, masters.values), mechanism, random, len(examples))
     if training.proximal_mu:
         optimizer.attach_step_hook(lambda _: masters.pull_back(training.proximal_mu))
     with recording(tuned) as recorder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -10,6 +10,17 @@ _INSIDE = 1 - 2**-22
 """Factors are this much smaller, so that rounding them and what they multiply takes no example over the limit."""
 
 
+_TOGETHER = 32
+"""Examples that are summed in float32; sums of so many are added up in float64."""
+
+SUM_ERROR = _TOGETHER**2 * 2**-23
+"""What rounding can add to the change of a sum by one example, in units of the limit.
+
+A float32 sum of m terms is off by at most m·2⁻²⁴ of the sum of their magnitudes, which is m limits at most; and by as
+much again without the example.
+"""
+
+
 def reference(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], limit: float) -> list[torch.Tensor]:
     """What `clipped_sums` of each layer's `of_linear` is, example by example, in float64.
 
@@ -81,7 +92,7 @@ def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.
         gradients: float32[examples, ...] of each parameter.
 
     Returns:
-        float32[...] of each parameter. Without examples they are zero.
+        float64[...] of each parameter. Without examples they are zero.
     """
     rows = [gradient.flatten(1) for gradient in gradients]
     # The squares of what float32 holds fit into float64, and its sums round to nothing here.
@@ -90,4 +101,8 @@ def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.
     if not bool(finite.all()):
         rows = [torch.where(finite[:, None], row, 0.0) for row in rows]  # a factor of zero would leave NaN what it is
     factors = torch.where(finite, (limit * _INSIDE / norms).clamp(max=1.0), 0.0).float()
-    return [(factors @ row).view(gradient.shape[1:]) for row, gradient in zip(rows, gradients, strict=True)]
+    sums = [torch.zeros(gradient.shape[1:], dtype=torch.float64, device=gradient.device) for gradient in gradients]
+    for row, total in zip(rows, sums, strict=True):
+        for some, of_them in zip(torch.split(factors, _TOGETHER), torch.split(row, _TOGETHER), strict=True):
+            total.view(-1).add_(some @ of_them)
+    return sums

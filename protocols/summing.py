@@ -191,7 +191,9 @@ def layout(plan: Plan, subject: Subject, shapes: Shapes, clients: int, survivors
         return FixedPoint(plan, subject.ranges, shapes, clients, (), marks(made, norm))
     size = sum(map(math.prod, shapes.values()))
     mark = marks(made, norm, 1 if made.counted is None else made.counted.copies(size))
-    design = distributed.smallest(size + mark.size, clients, survivors, made.noise_multiplier)
+    # Those who work together know their own shares of the noise, so it has to be enough without them.
+    honest = max(1, survivors - int(plan.protection.corrupt * clients))
+    design = distributed.smallest(size + mark.size, clients, honest, made.noise_multiplier)
     return Noised(shapes, design, made.bound(norm), mark)
 
 

@@ -5,8 +5,9 @@ units there are is public ("zero-out", Kairouz et al. 2021, "Practical and priva
 shuffling", def. 1.1). For what is released here it comes to the same as adding or removing the unit, so the accountants
 are asked about that.
 
-PLD (privacy loss distributions; Doroshenko et al. 2022, "Connect the dots") is tight to about four digits. RDP (Mironov 2017)
-is looser, but knows the Skellam mechanism and is cheap. Both are upper bounds, so the smaller of the two is claimed.
+PLD (privacy loss distributions; Doroshenko et al. 2022, "Connect the dots") is tight to about four digits. RDP
+(Mironov 2017) is looser, but knows the Skellam mechanism and is cheap. Both are upper bounds, so the smaller of the two
+is claimed.
 
 `dp_accounting` is imported where it is used: it brings scipy's statistics and takes a second.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from farfield.protocols.errors import PrivacyError
 from farfield.protocols.randomness import Randomness
 
 from .noise import WIDE_SIGMA, wide_gaussian
+
+_BLOCK: Final = 1 << 16
 
 
 def noised(
@@ -69,8 +72,12 @@ def summing_slack(terms: int, bound: float, roundoff: float = 2.0**-53) -> float
 
 
 def _noised(values: NDArray[np.float64], step: float, random: Randomness) -> NDArray[np.float64]:
-    grid = np.rint(np.asarray(values, np.float64) / step)
-    if not np.abs(grid).max(initial=0.0) < 2.0**62:  # neither is nan
-        raise PrivacyError("a sum is not finite, or so large that no grid holds it", hint="Training diverged.")
-    total = grid.astype(np.int64) + wide_gaussian(grid.size, random).reshape(grid.shape)
-    return np.asarray(total * step, np.float64)
+    flat = np.array(values, np.float64).reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        block /= step
+        np.rint(block, out=block)
+        if not np.abs(block).max() < 2.0**62:  # nor is nan
+            raise PrivacyError("a sum is not finite, or so large that no grid holds it", hint="Training diverged.")
+        np.multiply(block.astype(np.int64) + wide_gaussian(block.size, random), step, out=block)
+    return flat.reshape(np.shape(values))

@@ -29,7 +29,7 @@ from .accounting import Release, Spent, spent
 from .mechanism import Mechanism, document, restore
 
 _GENESIS: Final = hashlib.sha256(b"farfield privacy ledger 1").hexdigest()
-_ENTRY_KEYS: Final = {"time", "population", "run", "round", "plan", "mechanism", "note"}
+_ENTRY_KEYS: Final = {"time", "population", "run", "round", "plan", "mechanism", "note", "turn"}
 _MENDING: Final = (
     "Whatever was spent is not known any more. Restore the file from a backup, or set it aside and count the whole "
     "budget of everybody in it as spent."
@@ -46,6 +46,8 @@ class Entry:
         run, round: where it belongs; a round that is repeated has an entry for each time.
         plan: the Plan's digest.
         note: anything a person should know of it.
+        turn: whose round it was, where the clients of a run take turns (`protocols/turns.py`): nobody is in rounds of
+            two turns, so of a run the turn that spent most is what counts.
     """
 
     time: str
@@ -55,6 +57,7 @@ class Entry:
     plan: str
     mechanism: Mechanism
     note: str = ""
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Ledger:
         self._read, self._head = 0, _GENESIS
         self._entries: list[Entry] = []
         self._spent: defaultdict[str, Counter[Release]] = defaultdict(Counter)
+        self._turns: defaultdict[tuple[str, str, Release], Counter[int]] = defaultdict(Counter)
         self.refresh()
 
     @property
@@ -154,10 +158,11 @@ class Ledger:
                 fails: then it may or may not count as spent, and the ledger has to be opened again.
         """
         with self._held() as file:
+            rounds = 1 if self._adds(entry) else 0
             if budget is None:
-                after = self._after(entry.population, entry.mechanism, 1, _DELTA)
+                after = self._after(entry.population, entry.mechanism, rounds, _DELTA)
             else:
-                after = self.forecast(entry.population, entry.mechanism, 1, budget)
+                after = self.forecast(entry.population, entry.mechanism, rounds, budget)
             line = _line(_entry_document(entry), self._head)
             self._broken = True  # until it is known that the disk has it
             with self._explained("written", "Nothing is let out for this round. Make room or repair the disk."):
@@ -231,7 +236,14 @@ class Ledger:
         entry, self._head = self._checked(line)
         self._read += len(line)
         self._entries.append(entry)
-        self._spent[entry.population][entry.mechanism.release] += entry.mechanism.releases
+        self._spent[entry.population][entry.mechanism.release] += self._adds(entry)
+        self._turns[entry.population, entry.run, entry.mechanism.release][entry.turn] += entry.mechanism.releases
+
+    def _adds(self, entry: Entry) -> int:
+        """How many releases `entry` adds to what the client of whom most is known has spent."""
+        turns = self._turns[entry.population, entry.run, entry.mechanism.release]
+        most = max(turns.values(), default=0)
+        return max(most, turns[entry.turn] + entry.mechanism.releases) - most
 
     def _checked(self, line: bytes) -> tuple[Entry, str]:
         """The entry in the next line, and the line's own digest."""
@@ -273,6 +285,7 @@ def _entry_document(entry: Entry) -> dict[str, Any]:
         "plan": entry.plan,
         "mechanism": document(entry.mechanism),
         "note": entry.note,
+        "turn": entry.turn,
     }
 
 

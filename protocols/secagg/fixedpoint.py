@@ -96,16 +96,22 @@ def decode(total: Words, modulus_bits: int, limit: float, levels: int) -> NDArra
     return values
 
 
-def pack(vector: Words, modulus_bits: int) -> bytes:
-    """2, 3 or 4 bytes a value, little-endian; with 3, first the low 16 bits of all values and then the high 8 bits."""
+def pack(vector: Words, modulus_bits: int, head: bytes = b"") -> memoryview:
+    """`head`, and then 2, 3 or 4 bytes a value, little-endian; with 3, first all low 16 bits and then all high 8 bits.
+
+    A head that is put before the values later copies them, which takes longer than packing them.
+    """
+    packed = np.empty(len(head) + modulus_bits // 8 * len(vector), np.uint8)
+    packed.data[: len(head)] = head
+    body = packed[len(head) :]
     if modulus_bits != 24:
-        return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()
-    packed = np.empty(3 * len(vector), np.uint8)
-    low, high = _planes(packed)
+        body.view(vector.dtype.newbyteorder("<"))[:] = vector
+        return packed.data
+    low, high = _planes(body)
     for block in _blocks(len(vector)):
         low[block] = vector[block]
         high[block] = vector[block] >> 16
-    return packed.tobytes()
+    return packed.data
 
 
 def unpack(raw: bytes | memoryview, modulus_bits: int, length: int) -> Words:

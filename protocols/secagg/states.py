@@ -255,15 +255,17 @@ class Shared:
             dealer: boxes.open_box(self.inbox_keys[dealer], box, session.digest, dealer, owner.name)
             for dealer, box in inbox.items()
         }
-        masked = self._masked(session, owner, neighbours, vector)
+        masked = self._masked(session, owner, neighbours, vector, input_label(session, common, owner.name))
         seeds, keys = _unzipped(held)
         after = Submitted(
             self.opened, self.roster, self.reveals, common, {**self.seeds, **seeds}, {**self.keys, **keys}
         )
-        return after, input_label(session, common, owner.name) + masked
+        return after, masked
 
-    def _masked(self, session: Session, owner: Owner, neighbours: list[str], vector: Words | None) -> bytes:
-        """The vector under its own mask and one for each neighbour, packed."""
+    def _masked(
+        self, session: Session, owner: Owner, neighbours: list[str], vector: Words | None, label: bytes
+    ) -> memoryview:
+        """The label, and the vector under its own mask and one for each neighbour, packed."""
         opened = session.open
         dtype = np.uint16 if opened.modulus_bits == 16 else np.uint32
         if vector is None or vector.dtype != dtype or vector.shape != (opened.length,):
@@ -276,7 +278,7 @@ class Shared:
             secret = boxes.agree(private, session.members[name].advertisement.mask_key)
             (plus if owner.name < name else minus).append(boxes.pair_key(secret, session.digest, owner.name, name))
         masks.add(vector, plus, minus)
-        return fixedpoint.pack(vector, opened.modulus_bits)
+        return fixedpoint.pack(vector, opened.modulus_bits, label)
 
 
 @final

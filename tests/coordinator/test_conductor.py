@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from secure_clients import Clients, Work
 
 from farfield.coordinator import conductor, plans
 from farfield.coordinator.aggregation import ViewRule
 from farfield.coordinator.conductor import Carrier, Conductor, Journal, Round, Traffic, improvement
-from farfield.coordinator.rounds import TrainingRound, sample_cohort, sample_evaluators
+from farfield.coordinator.rounds import sample_cohort, sample_evaluators
 from farfield.coordinator.runs import Checkpoint, RoundRecord
 from farfield.coordinator.server_optimizer import Moments
-from farfield.protocols.errors import PlanError
-from farfield.protocols.messages import Evaluated, Failed, Outcome, Refused, Reply, Task, Train, Trained
+from farfield.protocols.envelope import Charter
+from farfield.protocols.errors import DataError, PlanError, PrivacyError
+from farfield.protocols.messages import (
+    Evaluate,
+    Evaluated,
+    Failed,
+    Outcome,
+    Refused,
+    Reply,
+    Secure,
+    Task,
+    Train,
+    Trained,
+)
 from farfield.protocols.plan import Plan
+from farfield.protocols.summing import Part
 from farfield.protocols.tensors import State, digest, pack_state, unpack_state
 
 NODES = ("ann", "bob", "cy", "dan")
+CHARTER = Charter("run", b"", "ab" * 32, 0, "cd" * 32)
 INITIAL: State = {"a": np.zeros(2, np.float32)}
 
 
 def plan_of(extra: str = "", rounds: int = 3) -> Plan:
+    """What is decided of a round is the same whether answers are sealed or added up unseen; sealed is the shorter."""
+    return secure_plan(f'[protection]\nkind = "sealed"\n{extra}', rounds)
+
+
+def secure_plan(extra: str = "", rounds: int = 3) -> Plan:
     text = '[model]\nbackbone = "builtin:tiny-llama-py"\n[tuning]\nkind = "lora"\n'
     return plans.parse(f"{text}[training]\nrounds = {rounds}\nsteps = 1\n{extra}")
 
 
 def honest(task: Task) -> Outcome:
     """Each client moves the adapter by one, and its loss is how far the adapter is from ten."""
+    assert not isinstance(task.work, Secure)
     value = float(unpack_state(task.work.adapter)["a"][0])
     if isinstance(task.work, Train):
         return Trained(pack_state({"a": np.ones(2, np.float32)}, "float32"), 2, 1, 1, 10.0 - value)
@@ -45,6 +66,10 @@ class Hall:
     asked: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
     gathered: list[int] = field(default_factory=list)
     clock: float = 0.0
+    charter: Charter = CHARTER
+
+    def identities(self, nodes: Iterable[str]) -> Mapping[str, bytes]:
+        return {}
 
     def now(self) -> float:
         return self.clock
@@ -55,7 +80,6 @@ class Hall:
 
     def carry(self, round_: Round, activity: str, traffic: Traffic) -> None:
         tasks = list(round_.tasks())
-        assert activity == ("training" if isinstance(round_, TrainingRound) else "evaluating")
         self.asked.append((activity, round_.number, tuple(task.node for task in tasks)))
         for task in tasks:
             if round_.closed:
@@ -65,7 +89,7 @@ class Hall:
             traffic.up += 10
             round_.receive(Reply.to(task, outcome), self.now())
         round_.tick(self.now() + 1e9)
-        traffic.problems |= round_.problems
+        traffic.note(round_.problems)
 
 
 @dataclass
@@ -217,7 +241,7 @@ def test_a_round_is_timed_by_the_carriers_clock() -> None:
             assert not round_.closed
             round_.tick(1000.0 + 60.0)
             deadlines.append(round_.closed)
-            traffic.problems |= round_.problems
+            traffic.note(round_.problems)
 
     hall, shelf = Late(clock=1000.0), Shelf()
     Conductor(plan_of("[cohort]\nround_seconds = 60.0\n", rounds=1), "run", hall, shelf).go(INITIAL)
@@ -245,6 +269,231 @@ def test_a_rule_that_must_see_each_update_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(conductor, "registered", lambda: {"mean": lambda settings: Median()})
     with pytest.raises(PlanError, match="'mean' must see each update"):
         Conductor(plan_of(), "run", Hall(), Shelf())
+
+
+def added(task: Task, asked: Train | Evaluate) -> Part:
+    """The honest client's part of a sum."""
+    value = float(unpack_state(asked.adapter)["a"][0])
+    if isinstance(asked, Train):
+        return Part({"a": np.ones(2, np.float32)}, 2, 1, 10.0 - value, 1)
+    return Part({}, 1, 4, 4 * (10.0 - value), correct=1)
+
+
+@dataclass
+class Vault(Hall):
+    """A hall whose participants take the steps of secure aggregations.
+
+    Attributes:
+        clients: they; `perform` is theirs.
+        gone: who has left, so that no key of theirs is known.
+    """
+
+    clients: Clients = field(kw_only=True)
+    gone: tuple[str, ...] = ()
+
+    def identities(self, nodes: Iterable[str]) -> Mapping[str, bytes]:
+        return self.clients.identities(node for node in nodes if node not in self.gone)
+
+
+def vault(plan: Plan, work: Work = added, present: Sequence[str] = NODES) -> Vault:
+    clients = Clients(plan, work)
+    return Vault(clients.answer, present, clients=clients)
+
+
+STEPS = ["agreeing on keys", "sharing keys", "{}", "confirming who is there", "unmasking the sum"]
+
+
+@pytest.mark.parametrize("server", ["none", "momentum", "adam"])
+def test_a_secure_run_comes_to_what_a_sealed_one_does(server: str) -> None:
+    """Within a level of the fixed point, and with the same losses, clients and steps in its records."""
+    extra = f'[aggregation]\nserver_optimizer = "{server}"\n[protection]\n'
+    plan = secure_plan(extra)
+    assert plan.protection.kind == "secagg"
+    _, sealed = conduct(secure_plan(extra + 'kind = "sealed"\n'))
+    hall, shelf = conduct(plan, vault(plan))
+    told = [[step.format(what) for step in STEPS] for what in ("evaluating", *("training", "evaluating") * 3)]
+    assert [one[0] for one in hall.asked] == [step for steps in told for step in steps]
+    assert hall.gathered == [3, 3, 3, 3]
+    for mine, other in zip(shelf.saved, sealed.saved, strict=True):
+        np.testing.assert_allclose(mine.adapter["a"], other.adapter["a"], rtol=0, atol=1e-3)
+        assert mine.record.clients == other.record.clients
+        assert mine.record.steps == other.record.steps
+        assert mine.record.eval_accuracy == other.record.eval_accuracy
+        assert mine.record.train_loss == pytest.approx(other.record.train_loss, abs=1e-3)
+        assert mine.record.eval_loss == pytest.approx(other.record.eval_loss, abs=1e-3)
+        assert not mine.record.problems
+
+
+def test_ranges_follow_the_sums_from_round_to_round() -> None:
+    plan = secure_plan()
+    _, shelf = conduct(plan, vault(plan, lambda task, asked: replace_update(added(task, asked), 1e-4)))
+    assert [one.bounds.ranges["a"] for one in shelf.saved] == pytest.approx([0.002, 8e-4, 8e-4, 8e-4], rel=0.01)
+
+
+def replace_update(part: Part, value: float) -> Part:
+    return replace(part, update={name: np.full_like(one, value) for name, one in part.update.items()})
+
+
+def test_too_few_to_begin_is_a_round_that_changes_nothing() -> None:
+    """They were there when the round began and had left when their keys were asked for."""
+    plan = secure_plan()
+    hall = vault(plan)
+    hall.gone = ("ann", "bob")
+    _, shelf = conduct(plan, hall)
+    assert hall.asked == []
+    for one in shelf.saved:
+        assert one.record.problems == {"the round": "2 clients could be asked, and it takes 3"}
+        np.testing.assert_array_equal(one.adapter["a"], 0.0)
+        assert (one.record.clients, one.record.eval_loss) == (0, None)
+
+
+def test_a_sum_that_could_not_be_opened_says_why_and_the_run_goes_on() -> None:
+    plan = secure_plan()
+
+    def work(task: Task, asked: Train | Evaluate) -> Part:
+        if task.round == 2 and isinstance(asked, Train) and task.node in ("ann", "bob"):
+            raise DataError("no data")
+        return added(task, asked)
+
+    _, shelf = conduct(plan, vault(plan, work))
+    assert [one.record.clients for one in shelf.saved] == [0, 4, 0, 4]
+    problems = shelf.saved[2].record.problems
+    assert {node: problems[node] for node in ("ann", "bob")} == {"ann": "no data", "bob": "no data"}
+    assert "too few for a sum of 3 or more" in problems["the round"]
+    assert shelf.saved[2].adapter is shelf.saved[1].adapter
+    assert shelf.saved[2].bounds == shelf.saved[1].bounds
+
+
+def test_over_selection_of_a_secure_round() -> None:
+    plan = secure_plan("[cohort]\nsize = 4\nover_selection = 0.5\n")
+    nodes = [f"n{number}" for number in range(9)]
+    hall, shelf = conduct(plan, vault(plan, present=nodes))
+    trained = [one for one in hall.asked if one[0] == "training"]
+    assert [list(one[2]) for one in trained] == [sorted(sample_cohort(plan, n, nodes)) for n in (1, 2, 3)]
+    assert [len(one[2]) for one in trained] == [6] * 3
+    assert [one.record.clients for one in shelf.saved] == [0, 4, 4, 4]
+
+
+def test_every_aggregation_has_a_session_of_its_own() -> None:
+    plan = secure_plan()
+    hall, sessions = vault(plan), []
+
+    def perform(task: Task) -> Outcome:
+        assert isinstance(task.work, Secure)
+        if task.node == "ann" and task.work.step == "advertise":
+            sessions.append(bytes(task.work.session))
+        return hall.clients.answer(task)
+
+    hall.perform = perform
+    conduct(plan, hall)
+    assert len(set(sessions)) == len(sessions) == 7
+    assert {len(one) for one in sessions} == {32}
+
+
+PRIVATE = '[aggregation]\nweighting = "uniform"\n[privacy]\nkind = "client"\nnoise_multiplier = 1e-4\n'
+
+
+@dataclass
+class Book:
+    """An account that notes what was asked of whom before each of its entries.
+
+    Attributes:
+        afford: how many entries there is room for.
+    """
+
+    hall: Hall
+    afford: int = 1000
+    spent: list[tuple[int, int]] = field(default_factory=list)
+
+    def spend(self, number: int) -> None:
+        if len(self.spent) == self.afford:
+            raise PrivacyError("over the budget")
+        self.spent.append((number, len(self.hall.asked)))
+
+
+@pytest.mark.parametrize("kind", ["sealed", "secagg"])
+@pytest.mark.parametrize("noise", ["central", "distributed"])
+def test_a_round_is_paid_for_before_anybody_is_asked(kind: str, noise: str) -> None:
+    """And once; nothing is evaluated where ε would not cover it."""
+    if (kind, noise) == ("sealed", "distributed"):
+        with pytest.raises(PlanError, match="hides in a sum"):
+            secure_plan(f'[protection]\nkind = "sealed"\n{PRIVATE}noise = "distributed"\n')
+        return
+    strong = PRIVATE.replace("1e-4", "0.1") if noise == "distributed" else PRIVATE
+    plan = secure_plan(f'[protection]\nkind = "{kind}"\nclip_range = 1.0\n{strong}noise = "{noise}"\n')
+    hall = vault(plan, clipped) if kind == "secagg" else Hall(plainly_clipped)
+    book, shelf = Book(hall), Shelf()
+    Conductor(plan, "run", hall, shelf, book).go(INITIAL)
+    steps = 5 if kind == "secagg" else 1
+    assert book.spent == [(1, 0), (2, steps), (3, 2 * steps)]
+    assert {one[0] for one in hall.asked} >= {"training"}
+    assert "evaluating" not in {one[0] for one in hall.asked}
+    assert [one.record.clients for one in shelf.saved] == [0, 4, 4, 4]
+    assert [one.record.train_loss for one in shelf.saved] == [None] * 4
+    assert [one.record.clipping_norm for one in shelf.saved] == [None, 1.0, 1.0, 1.0]
+    if noise == "central":
+        np.testing.assert_allclose(shelf.saved[-1].adapter["a"], 1.5, atol=0.01)
+
+
+def clipped(task: Task, asked: Train | Evaluate) -> Part:
+    assert isinstance(asked, Train)
+    assert asked.clipping_norm == 1.0
+    return Part({"a": np.full(2, 0.5, np.float32)})
+
+
+def plainly_clipped(task: Task) -> Outcome:
+    assert isinstance(task.work, Train)
+    return Trained(pack_state(clipped(task, task.work).update, "float32"), 0, 0, 1, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["sealed", "secagg"])
+def test_a_round_that_cannot_be_paid_for_asks_nobody(kind: str) -> None:
+    plan = secure_plan(f'[protection]\nkind = "{kind}"\n{PRIVATE}')
+    hall = vault(plan, clipped) if kind == "secagg" else Hall(plainly_clipped)
+    book, shelf = Book(hall, afford=2), Shelf()
+    with pytest.raises(PrivacyError, match="over the budget"):
+        Conductor(plan, "run", hall, shelf, book).go(INITIAL)
+    assert [number for number, _ in book.spent] == [1, 2]
+    assert {one[1] for one in hall.asked} == {1, 2}
+    assert [one.record.round for one in shelf.saved] == [0, 1, 2]
+
+
+def test_an_interrupted_round_is_paid_for_again() -> None:
+    """What was spent and not saved stays spent: something of it may have been seen."""
+    plan = plan_of(PRIVATE)
+    hall, shelf = Hall(), Shelf()
+
+    def dying(task: Task) -> Outcome:
+        if task.round == 2:
+            raise KeyboardInterrupt
+        return plainly_clipped(task)
+
+    hall.perform = dying
+    book = Book(hall)
+    with pytest.raises(KeyboardInterrupt):
+        Conductor(plan, "run", hall, shelf, book).go(INITIAL)
+    assert [one.record.round for one in shelf.saved] == [0, 1]
+    hall.perform = plainly_clipped
+    Conductor(plan, "run", hall, shelf, book).go(INITIAL)
+    assert [number for number, _ in book.spent] == [1, 2, 2, 3]
+
+
+def test_what_is_private_is_not_conducted_without_an_account() -> None:
+    with pytest.raises(AssertionError):
+        Conductor(plan_of(PRIVATE), "run", Hall(plainly_clipped), Shelf()).go(INITIAL)
+
+
+def test_turns_are_kept() -> None:
+    """Each client is asked in one round of every turn of two, and nobody twice in one."""
+    plan = plan_of(PRIVATE + "participations = 2\n", rounds=4)
+    nodes = [f"n{number}" for number in range(12)]
+    hall = Hall(plainly_clipped, nodes)
+    Conductor(plan, "run", hall, Shelf(), Book(hall)).go(INITIAL)
+    asked = [set(one[2]) for one in hall.asked]
+    assert asked[0] == asked[2]
+    assert asked[1] == asked[3]
+    assert asked[0] | asked[1] == set(nodes)
+    assert not asked[0] & asked[1]
 
 
 @pytest.mark.parametrize(

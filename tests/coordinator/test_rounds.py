@@ -23,7 +23,7 @@ from farfield.coordinator.rounds import (
     sample_evaluators,
 )
 from farfield.protocols.messages import Evaluated, Failed, Refused, Reply, Task, Trained
-from farfield.protocols.plan import Cohort, Plan
+from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import DType, State, pack_state, unpack_state
 
 NODES = ["ann", "bob", "cy"]
@@ -32,7 +32,7 @@ ADAPTER: State = {"a": np.zeros((2, 2), np.float32), "b": np.zeros(3, np.float32
 
 def plan(extra: str = "") -> Plan:
     text = '[model]\nbackbone = "builtin:tiny-llama-py"\n[tuning]\nkind = "lora"\n[training]\nrounds = 3\nsteps = 1\n'
-    return plans.parse(text + extra)
+    return plans.parse(f'{text}[protection]\nkind = "sealed"\n{extra}')
 
 
 def opened(
@@ -356,16 +356,25 @@ def test_a_measurement_that_makes_no_mean_is_refused() -> None:
 @pytest.mark.parametrize(
     ("cohort", "present", "expected"),
     [
-        (Cohort(), 7, 7),
-        (Cohort(size=5), 7, 5),
-        (Cohort(size=5), 3, 3),
-        (Cohort(fraction=0.5), 7, 4),
-        (Cohort(fraction=0.1, minimum=3), 7, 3),
-        (Cohort(fraction=0.1, minimum=3), 2, 2),
+        ("", 7, 7),
+        ("size = 5", 7, 5),
+        ("size = 5", 3, 3),
+        ("fraction = 0.5", 7, 4),
+        ("fraction = 0.1", 7, 1),
+        ("fraction = 0.1\nminimum = 3", 7, 3),
+        ("fraction = 0.1\nminimum = 3", 2, 2),
     ],
 )
-def test_the_size_of_a_cohort(cohort: Cohort, present: int, expected: int) -> None:
-    assert cohort_size(cohort, present) == expected
+def test_the_size_of_a_cohort(cohort: str, present: int, expected: int) -> None:
+    assert cohort_size(plan(f"[cohort]\n{cohort}\n"), present) == expected
+
+
+def test_a_share_of_few_is_still_as_many_as_a_sum_takes() -> None:
+    text = '[model]\nbackbone = "builtin:tiny-llama-py"\n[tuning]\nkind = "lora"\n[training]\nrounds = 3\nsteps = 1\n'
+    chosen = plans.parse(text + "[cohort]\nfraction = 0.1\n")
+    assert chosen.protection.kind == "secagg"
+    assert [cohort_size(chosen, present) for present in (2, 7, 100)] == [2, 3, 10]
+    assert len(sample_cohort(chosen, 1, [f"n{i}" for i in range(7)])) == 3
 
 
 def test_cohorts_are_drawn_afresh_for_each_round_and_evaluators_are_not() -> None:

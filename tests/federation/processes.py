@@ -18,7 +18,7 @@ from farfield.coordinator.home import Home
 from farfield.coordinator.storage import Run, RunState, Store
 
 BIN = Path(sys.executable).parent
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds that anything may take on a slow machine with other things to do; no test waits for it to pass."""
 
 

@@ -1,6 +1,6 @@
 """What dies, what is cut, what is full, and what is there twice: after each, no finished round is lost, no aggregate is
-wrong, and somebody was told what happened. Real processes, really killed. The Plans are sealed: what befalls the steps of
-a secure aggregation is in test_secure.py.
+wrong, and somebody was told what happened. Real processes, really killed. The Plans are sealed, for nothing is rounded
+then; what befalls the steps of a secure aggregation is in test_secure.py.
 """
 
 import json

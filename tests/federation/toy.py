@@ -22,7 +22,8 @@ FOUR = tuple(f"client-{number:03}.jsonl" for number in range(4))
 CLIENTS = FOUR[:3]
 
 WEIGHT_LIMIT = 64
-"""Near the toys' numbers of examples: the weights of a secure sum are fractions of it, and rounding errors grow with it."""
+WEIGHT_LIMIT = 64
+"""Near the toys' numbers of examples: weights are sent as fractions of it, so rounding errors grow with it."""
 
 
 def place(folder: Path, clients: int = len(CLIENTS)) -> Path:

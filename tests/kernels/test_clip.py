@@ -52,7 +52,7 @@ def test_clipped_sums_equal_a_loop(
 ) -> None:
     layers = drawn(shape, widths, seed)
     found, expected = fast(layers, limit), clip.reference(layers, limit)
-    assert all(one.dtype == torch.float32 for one in found)
+    assert all(one.dtype == torch.float64 for one in found)
     # A few roundings of 2^-24 in each of sums of at most 16 terms.
     assert norm([a - b for a, b in zip(found, expected, strict=True)]) <= 1e-5 * counted(layers, limit)
 
@@ -121,6 +121,19 @@ def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
         gradients[1][1, 0, 0] = bad
         for found, wanted in zip(clip.clipped_sums(gradients, 0.5), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=2**-22)
+
+
+def test_many_examples_are_summed_to_what_is_promised() -> None:
+    """Where one example is silent, the sum changes by its norm and by no more than the stated error beside."""
+    gradients = [clip.of_linear(*layer) for layer in drawn((200, (3,)), [(5, 2), (2, 7)], seed=3)]
+    sums = clip.clipped_sums(gradients, 0.5)
+    for example in (0, 77, 199):
+        for one in gradients:
+            one[example] = 0
+        less = clip.clipped_sums(gradients, 0.5)
+        change = norm([a - b for a, b in zip(sums, less, strict=True)])
+        assert 0 < change <= 0.5 * (1 + clip.SUM_ERROR)
+        sums = less
 
 
 def test_nothing_from_nobody() -> None:

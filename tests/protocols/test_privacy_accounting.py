@@ -100,6 +100,12 @@ def test_the_skellam_bound_holds_against_the_divergence_itself(bound: int, noise
             assert divergence(bound, order) >= allowed * 0.9  # no bound that holds because it is far off
 
 
+def test_the_skellam_bound_is_the_published_one() -> None:
+    """α·Δ₂² / 2μ + min(((2α − 1)·Δ₂² + 6·Δ₁) / 4μ², 3·Δ₁ / 2μ), worked out by hand for Δ₁ = Δ₂² = 100."""
+    np.testing.assert_allclose(Skellam(1.0, 10).rdp(np.array([2.0, 6.0])), [1 + 9 / 400, 3 + 17 / 400])
+    np.testing.assert_allclose(Skellam(0.1, 10).rdp(np.array([2.0])), [100 + 150])
+
+
 def test_skellam_noise_on_a_fine_grid_costs_what_gaussian_noise_does() -> None:
     skellam, gaussian = spent({Skellam(2.0): 20}, DELTA), spent({Gaussian(2.0): 20}, DELTA)
     assert skellam.epsilon_pld is None and "Skellam" in skellam.why_no_pld

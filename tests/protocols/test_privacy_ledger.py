@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -333,6 +334,20 @@ def test_several_processes_share_a_ledger_and_its_budget(tmp_path: Path) -> None
         here.spend(entry(2), Budget(spent({STRONG.release: 31}, 1e-5).epsilon, 1e-5))
     assert len(here.entries) == 31 and len({seen.round for seen in here.entries}) == 31
     assert Ledger(path).head == here.head
+
+
+def test_nobody_writes_while_another_does(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = filled(path, 1)
+    before = path.read_bytes()
+    waiting = threading.Thread(target=lambda: ledger.spend(entry(2)))
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(timeout=0.3)
+        assert waiting.is_alive() and path.read_bytes() == before
+    waiting.join()
+    assert len(Ledger(path).entries) == 2
 
 
 def test_several_threads_share_a_ledger(tmp_path: Path) -> None:

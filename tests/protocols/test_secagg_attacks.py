@@ -32,6 +32,7 @@ from farfield.protocols.secagg.messages import (
     encode_survivors,
 )
 from farfield.protocols.secagg.session import ADVERTISEMENT, advertisement_parts, read_session
+from farfield.protocols.secagg.shamir import SHARE_BYTES
 
 VICTIM = "client-0002"
 OTHER = "client-0003"
@@ -417,6 +418,14 @@ def test_its_own_box_sent_back() -> None:
     run.phase = run.phase.close()  # type: ignore[assignment]
     inbox = decode_inbox(run.phase.own(VICTIM), 5)
     refuses(run, "client-0003: the box does not open", run.phase.common, encode_inbox({**inbox, OTHER: mine}))
+
+
+@pytest.mark.parametrize("size", [0, SHARE_BYTES, 2 * SHARE_BYTES + 1])
+def test_a_box_with_something_else_in_it(size: int) -> None:
+    key, session = bytes(32), bytes(32)
+    box = boxes.close_box(key, (bytes(size), b""), session, OTHER, VICTIM)
+    with pytest.raises(SecAggError, match=f"client-0003: a box with {size} bytes in it"):
+        boxes.open_box(key, box, session, OTHER, VICTIM)
 
 
 def test_boxes_that_are_missing_or_too_many() -> None:

@@ -22,7 +22,9 @@ from farfield.protocols.summing import LOSS_UNIT, FixedPoint, Layout, Noised, Pa
 
 SHAPES: Shapes = {"a": (2, 3), "b": (), "c": (4,)}
 KEY = bytes(range(32))
-CLIENT = '[aggregation]\nweighting = "uniform"\n[privacy]\nkind = "client"\nnoise_multiplier = 1.0\nclipping_norm = 2.0\n'
+CLIENT = (
+    '[aggregation]\nweighting = "uniform"\n[privacy]\nkind = "client"\nnoise_multiplier = 1.0\nclipping_norm = 2.0\n'
+)
 ADAPTIVE = 'clipping = "adaptive"\ncount_noise = 4.0\n'
 DISTRIBUTED = 'noise = "distributed"\n'
 
