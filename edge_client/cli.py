@@ -134,6 +134,17 @@ def status(
 
 
 @app.command()
+def ledger(
+    home: HomeOption = DEFAULT_HOME,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what runs have spent of the privacy of this machine's data."""
+    from . import ledger as ledgers
+
+    ledgers.show(_place(home), _console(), as_json=as_json)
+
+
+@app.command()
 def leave(
     home: HomeOption = DEFAULT_HOME,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

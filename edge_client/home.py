@@ -45,7 +45,6 @@ from farfield.protocols.identity import NAME
 
 from .consent import Consent, Section
 from .records import Record
-from .spending import LEDGER
 
 if TYPE_CHECKING:
     from farfield.protocols.envelope import Identity
@@ -54,6 +53,7 @@ SETTINGS: Final = "edge-client.toml"
 KEYS: Final = "keys"
 _PARTIAL: Final = "keys.partial"
 _CACHE: Final = "cache"
+_LEDGER: Final = "ledger.jsonl"
 _LOCAL: Final = "local"
 _STATE: Final = "state.json"
 _LOCK: Final = "resident.lock"
@@ -356,7 +356,7 @@ class Home:
     @property
     def ledger(self) -> Path:
         """The file of what runs have spent of the data's privacy; it need not exist."""
-        return self.path / LEDGER
+        return self.path / _LEDGER
 
     @property
     def local(self) -> Path:

@@ -18,9 +18,6 @@ from farfield.protocols.privacy.mechanism import Mechanism, mechanism
 
 from .consent import Consent
 
-LEDGER: Final = "ledger.jsonl"
-"""The ledger's name in an edge client's home."""
-
 OWN: Final = "own"
 """The one population of the ledger."""
 
