@@ -39,6 +39,7 @@ class RunAccounts:
         """
         if self._budget is None:
             return None
+        self._ledger.refresh()
         # Of the clients who take turns, those have most rounds before them who have the first of what is left.
         left = range(done + 1, self._plan.training.rounds + 1)
         rounds = max(Counter(turn(self._plan, number) for number in left).values(), default=0)

@@ -229,12 +229,11 @@ class _Federation:
         names, secret, run = self.fleet.names, self.setting.secret, self.setting.info.run
         nodes = self._meet(grid, len(names))
         present = {name: Present(nodes[name], identity(secret, name).member, "simulated") for name in names}
-        post = _Post(grid, {node: name for name, node in nodes.items()}, self.folder.path / LOG, self.observer)
+        roll = _Roll(present, self.stop)
+        post = _Post(grid, {node: name for name, node in nodes.items()}, self.folder.path / LOG, self.observer, roll)
         charter = Charter(run, self.setting.plan, "", 0, self.fleet.frozen)
         # Rounds are timed by a clock that stands still: how fast these machines are says nothing about a federation.
-        carrier = GridCarrier(
-            post, _Roll(present, self.stop), self.plan, charter, self.signer, clock=lambda: 0.0, workers=1
-        )
+        carrier = GridCarrier(post, roll, self.plan, charter, self.signer, clock=lambda: 0.0, workers=1)
         journal = FolderJournal(self.folder, self.observer)
         return Conductor(self.plan, run, carrier, journal, accounts(self.plan, run, self.folder.path)).go(initial)
 
@@ -265,10 +264,15 @@ class _Federation:
 
 
 class _Roll:
-    """The simulated clients, who are always there, until the run is to stop."""
+    """The simulated clients, who are always there, until the run is to stop.
+
+    Attributes:
+        activity: what is done in the round, as it was last said.
+    """
 
     def __init__(self, present: Mapping[str, Present], stop: threading.Event) -> None:
         self._present, self._stop = present, stop
+        self.activity = ""
 
     def present(self) -> Mapping[str, Present]:
         from .flower import Cancelled
@@ -280,7 +284,9 @@ class _Roll:
     def revoked(self, node: str) -> bool:
         return False
 
-    def say(self, detail: str) -> None: ...
+    def say(self, detail: str) -> None:
+        self.activity = detail.partition(": ")[2]
+
     def tell(self, node: str, text: str) -> None: ...
 
 
@@ -291,10 +297,10 @@ class _Post:
     or of Farfield.
     """
 
-    def __init__(self, grid: Grid, names: Mapping[int, str], log: Path, observer: Observer) -> None:
-        self._grid, self._names, self._log, self._observer = grid, names, log, observer
+    def __init__(self, grid: Grid, names: Mapping[int, str], log: Path, observer: Observer, roll: _Roll) -> None:
+        self._grid, self._names, self._log, self._observer, self._roll = grid, names, log, observer, roll
         self._due: deque[str] = deque()
-        self._round, self._activity, self._asked = 0, "", 0
+        self._round, self._asked = 0, 0
 
     def get_node_ids(self) -> Iterable[int]:
         return self._names
@@ -303,7 +309,6 @@ class _Post:
         messages = list(messages)
         for message in messages[:1]:
             self._round = int(message.metadata.group_id)
-            self._activity = "training" if message.metadata.message_type == "train" else "evaluating"
         pushed = list(self._grid.push_messages(messages))
         self._due, self._asked = deque(pushed), len(pushed)
         return pushed
@@ -314,7 +319,7 @@ class _Post:
             pulled = list(self._grid.pull_messages([self._due[0]]))
             if pulled:
                 self._due.popleft()
-                self._observer.on_client(self._round, self._activity, self._asked - len(self._due), self._asked)
+                self._observer.on_client(self._round, self._roll.activity, self._asked - len(self._due), self._asked)
         else:  # what is left of earlier rounds, which asked more clients than they needed
             pulled = list(self._grid.pull_messages(wanted - set(self._due)))
         for message in pulled:

@@ -9,7 +9,6 @@ import torch
 _INSIDE = 1 - 2**-22
 """Factors are this much smaller, so that rounding them and what they multiply takes no example over the limit."""
 
-
 _TOGETHER = 32
 """Examples that are summed in float32; sums of so many are added up in float64."""
 

@@ -73,6 +73,11 @@ class TuningSettings(Settings):
 
     kind: str
 
+    @property
+    def by_example(self) -> bool:
+        """Whether all that it trains has a gradient of each example of its own, as DP-SGD needs it."""
+        return False
+
 
 class Data(Settings):
     """What a client's files are expected to hold, and how they become examples.
@@ -352,7 +357,7 @@ class Plan(Settings):
     def _can_be_added_up(self) -> Self:
         if self.protection.kind == "secagg" and self.evaluation.clients < SMALLEST_SUM:
             raise ValueError(
-                f"a sum of {self.evaluation.clients} hides nobody: protection.kind = \"secagg\" wants "
+                f'a sum of {self.evaluation.clients} hides nobody: protection.kind = "secagg" wants '
                 f"evaluation.clients to be {SMALLEST_SUM} or more"
             )
         if self.protection.kind == "secagg" and self.value_range is None:
@@ -373,6 +378,11 @@ class Plan(Settings):
             if privacy.noise == "distributed" and self.protection.kind != "secagg":
                 raise ValueError('privacy.noise = "distributed" hides in a sum: use protection.kind = "secagg"')
         if privacy.kind == "example":
+            if not self.tuning.by_example:
+                raise ValueError(
+                    f'privacy.kind = "example" clips the gradient of each example, and not all that '
+                    f"{self.tuning.kind!r} trains has one; use 'lora' (without dora), 'fed-sb' or 'prefix-tuning'"
+                )
             if self.model.task == "causal-lm" and not self.data.truncate:
                 raise ValueError(
                     'privacy.kind = "example" protects one record, so each must be one example: '

@@ -48,6 +48,10 @@ class FedSb(TuningMethod):
     targets: Targets = "all-linear"
 
     @property
+    def by_example(self) -> bool:
+        return True
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=True)
 

@@ -60,6 +60,10 @@ class Lora(PeftMethod):
         return self
 
     @property
+    def by_example(self) -> bool:
+        return not self.dora
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(
             exact=(self.freeze_a or self.alternate or self.local_b) and not self.dora,

@@ -99,6 +99,7 @@ class Loop:
     def __init__(self, setting: Setting, clients: int) -> None:
         self._app = engine.client_app(setting)
         self._partitions = {1000 - 7 * number: number for number in range(clients)}
+        self._states = {node: RecordDict() for node in self._partitions}
         self._waiting: dict[str, Message] = {}
         self._answers: dict[str, Message] = {}
         self.sent: list[Message] = []
@@ -128,8 +129,9 @@ class Loop:
             return Message(Error(0, reason), reply_to=message)
         node = message.metadata.dst_node_id
         config: dict[str, Any] = {"partition-id": self._partitions[node], "num-partitions": len(self._partitions)}
-        context = Context(1, node, config, RecordDict(), {})
+        context = Context(1, node, config, pickle.loads(pickle.dumps(self._states[node])), {})
         answer = self._app(pickle.loads(pickle.dumps(message)), context)
+        self._states[node] = context.state
         return cast(Message, pickle.loads(pickle.dumps(answer)))
 
 
@@ -166,7 +168,7 @@ class Looped:
         {"cohort": {"size": 2, "over_selection": 0.5}, "aggregation": {"server_optimizer": "adam"}},
         {"protection": {"kind": "none"}, "delivery": {"dtype": "bfloat16"}, "evaluation": {"clients": 2}},
     ],
-    ids=["plain", "over-selection", "bare"],
+    ids=["secure", "over-selection", "bare"],
 )
 def test_replies_in_any_order_come_to_the_same_adapter(
     place: Place, sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -190,7 +192,12 @@ def test_replies_in_any_order_come_to_the_same_adapter(
         kept = ("round", "clients", "train_loss", "eval_loss", "eval_accuracy", "steps", "problems")
         assert [getattr(ours, key) for key in kept] == [getattr(theirs, key) for key in kept]
     assert looped.watcher.rounds == [0, 1, 2, 3]
-    assert {what for _, what, _, _ in looped.watcher.clients} == {"training", "evaluating"}
+    assert plans.load(place.path / "plan.toml").protection.kind == (
+        "sealed" if "cohort" in sections else "none" if sections else "secagg"
+    )
+    steps = () if sections else ("agreeing on keys", "sharing keys", "confirming who is there", "unmasking the sum")
+    assert {what for _, what, _, _ in looped.watcher.clients} == {"training", "evaluating", *steps}
+    assert {what for number, what, _, _ in looped.watcher.clients if number == 0} == {"evaluating", *steps}
     asked = [done for number, what, done, _ in looped.watcher.clients if (number, what) == (2, "training")]
     assert asked == list(range(1, len(asked) + 1))  # those who were too many are heard as well, and not counted
     assert len(asked) >= alone.rounds[2].clients

@@ -46,7 +46,7 @@ PATIENCE = 30.0
 
 def plan_of(extra: str = "") -> Plan:
     text = '[model]\nbackbone = "builtin:tiny-llama-py"\n[tuning]\nkind = "lora"\n[training]\nrounds = 3\nsteps = 1\n'
-    return plans.parse(f"{text}{extra}")
+    return plans.parse(f'{text}[protection]\nkind = "sealed"\n{extra}')
 
 
 def trained(value: float = 1.0, examples: int = 10) -> Trained:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tiny import Place, write_backbone, write_clients
 
 from farfield.coordinator import plans, simulation
+from farfield.coordinator.accounts import LEDGER
 from farfield.coordinator.results import Result
 from farfield.coordinator.rounds import sample_cohort
 from farfield.coordinator.runs import Checkpoint, RoundRecord, RunFolder
@@ -26,10 +27,12 @@ from farfield.protocols import codec, envelope
 from farfield.protocols import messages_pb2 as pb
 from farfield.protocols.envelope import Charter, Desk, Member, Opened, Signer, sign_charter
 from farfield.protocols.errors import PlanError, RunError, TrustError, WireError
-from farfield.protocols.messages import Evaluate, Evaluated, Reply, Task, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Reply, Task
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
+from farfield.protocols.privacy.ledger import Ledger
 from farfield.protocols.seeds import derive
+from farfield.protocols.summing import Part
 from farfield.protocols.tensors import State, digest, pack_state
 
 
@@ -83,13 +86,14 @@ def last(result: Result) -> Checkpoint:
     return RunFolder.open(result.folder).load(len(result.rounds) - 1)
 
 
+SEALED = {"kind": "sealed"}
 ONE_STEP = {"rounds": 1, "steps": 1, "optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9}
 
 
 def test_one_client_and_one_step_are_one_centralised_step(tmp_path: Path, backbone: Path) -> None:
     """Through the codec, the round, the rule and the checkpoint; against torch's own loss and a step by hand."""
     place = Place.make(tmp_path, backbone, clients=1)
-    place.plan(training=ONE_STEP)
+    place.plan(training=ONE_STEP, protection=SEALED)
     result = go(place)
 
     plan, bench, clients = fleet(place)
@@ -118,7 +122,7 @@ def test_one_client_and_one_step_are_one_centralised_step(tmp_path: Path, backbo
 def test_a_federation_of_equals_is_one_centralised_step(tmp_path: Path, backbone: Path) -> None:
     """Clients with the same text and weight whose single batch is all they have: the mean update is anyone's."""
     place = Place.make(tmp_path, backbone, clients=1)
-    place.plan(training=ONE_STEP | {"batch_size": 64}, data={"held_out": 0.0})
+    place.plan(training=ONE_STEP | {"batch_size": 64}, data={"held_out": 0.0}, protection=SEALED)
     alone = last(go(place)).adapter
     text = (place.path / "data" / "client-000.jsonl").read_text()
     for other in "bcd":
@@ -129,6 +133,8 @@ def test_a_federation_of_equals_is_one_centralised_step(tmp_path: Path, backbone
 
 
 def test_the_same_plan_and_seed_give_the_same_digest(place: Place) -> None:
+    """And sums of the same bytes, though no mask and no key is the same twice."""
+    assert plans.load(place.path / "plan.toml").protection.kind == "secagg"
     first, again = go(place), go(place)
     assert first.run != again.run
     assert first.adapter_digest == again.adapter_digest == digest(last(first).adapter)
@@ -153,7 +159,8 @@ def test_learning_shows(place: Place) -> None:
     assert quiet.rounds == [0, 1, 2, 3, 4, 5]
     assert quiet.prepared == [1, 2, 3]
     assert quiet.baseline == list(range(1, 76))
-    assert quiet.clients[:3] == [(0, "evaluating", done, 3) for done in (1, 2, 3)]
+    steps = ("agreeing on keys", "sharing keys", "evaluating", "confirming who is there", "unmasking the sum")
+    assert quiet.clients[:15] == [(0, what, done, 3) for what in steps for done in (1, 2, 3)]
 
 
 def test_the_bytes_counted_are_those_that_travel(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +211,7 @@ def test_every_task_and_every_reply_is_signed_and_sealed(place: Place, monkeypat
 
     monkeypatch.setattr(Desk, "address", addressed)
     monkeypatch.setattr(simulation, "close_reply", closed)
+    place.plan(protection=SEALED)
     sealed = go(place)
     plan, bench, _ = fleet(place)
     expected = Charter(sealed.run, plan.canonical(), "", 0, bench.frozen)
@@ -248,11 +256,12 @@ def test_the_keys_of_a_client_come_from_the_secret_of_its_run() -> None:
 
 
 def test_a_simulated_client_does_what_its_own_coordinator_asks_of_it_alone(place: Place) -> None:
+    place.plan(protection=SEALED)
     plan, bench, clients = fleet(place)
     name, other = clients.names[:2]
     signer, secret = Signer(Ed25519PrivateKey.generate()), bytes(32)
     own = identity(secret, name)
-    participant = SimulatedParticipant(name, clients, own, signer.key.public_key(), True)
+    participant = SimulatedParticipant(name, clients, own, signer.key.public_key(), True, None)
     task = Task("run", 1, name, plan.digest, Evaluate(pack_state(bench.adapter(), "float32")), 1)
 
     def desk_of(frozen: str = clients.frozen, by: Signer = signer) -> Desk:
@@ -291,9 +300,9 @@ def test_over_selection_makes_up_for_dropouts(place: Place) -> None:
     write_clients(write := place.path / "many", 9, records=6)
     training = {"rounds": 6, "steps": 1}
     faults = Faults(dropout=0.3)
-    place.plan(training=training, cohort={"size": 4})
+    place.plan(training=training, cohort={"size": 4}, protection=SEALED)
     without = go(place, data=write, faults=faults)
-    place.plan(training=training, cohort={"size": 4, "over_selection": 1.0})
+    place.plan(training=training, cohort={"size": 4, "over_selection": 1.0}, protection=SEALED)
     quiet = Quiet()
     result = go(place, quiet, data=write, faults=faults)
     assert any(record.clients < 4 for record in without.rounds[1:])
@@ -306,8 +315,9 @@ def test_over_selection_makes_up_for_dropouts(place: Place) -> None:
 
 
 def test_updates_in_bfloat16_are_half_as_large(place: Place) -> None:
+    place.plan(protection=SEALED)
     whole = go(place)
-    place.plan(delivery={"dtype": "bfloat16"})
+    place.plan(delivery={"dtype": "bfloat16"}, protection=SEALED)
     half = go(place)
     for ours, theirs in zip(half.rounds[1:], whole.rounds[1:], strict=True):
         assert 0.5 * theirs.bytes_up < ours.bytes_up < 0.75 * theirs.bytes_up
@@ -315,7 +325,7 @@ def test_updates_in_bfloat16_are_half_as_large(place: Place) -> None:
 
 
 def test_evaluation_every_so_many_rounds_and_at_the_end(place: Place) -> None:
-    place.plan(training={"rounds": 5, "steps": 1}, evaluation={"every": 2, "clients": 2})
+    place.plan(training={"rounds": 5, "steps": 1}, evaluation={"every": 2, "clients": 2}, protection=SEALED)
     quiet = Quiet()
     result = go(place, quiet)
     measured = [record.round for record in result.rounds if record.eval_loss is not None]
@@ -344,7 +354,7 @@ def test_a_round_asks_its_cohort_only(place: Place) -> None:
 
 
 def test_dropouts_and_stragglers_are_recorded_and_not_counted(place: Place) -> None:
-    place.plan(training={"rounds": 8, "steps": 1}, cohort={"minimum": 2, "round_seconds": 60.0})
+    place.plan(training={"rounds": 8, "steps": 1}, cohort={"minimum": 2, "round_seconds": 60.0}, protection=SEALED)
     result = go(place, faults=Faults(dropout=0.3, stragglers=0.3))
     reasons = {reason for record in result.rounds for reason in record.problems.values()}
     assert reasons == {"dropped out (simulated)", "no answer within 60 s"}
@@ -365,7 +375,7 @@ def test_dropouts_and_stragglers_are_recorded_and_not_counted(place: Place) -> N
 
 def test_what_stragglers_send_changes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same clients, lost or late: the same adapter."""
-    place.plan(cohort={"minimum": 1}, training={"rounds": 4})
+    place.plan(cohort={"minimum": 1}, training={"rounds": 4}, protection=SEALED)
 
     def happens(self: object, what: str, probability: float, task: Task) -> bool:
         return probability > 0 and (task.round + int(task.node[-7])) % 2 == 0
@@ -386,20 +396,43 @@ def test_a_federation_that_nobody_answers_ends_where_it_began(place: Place) -> N
     assert (result.folder / "loss.png").is_file()
 
 
-def test_a_client_that_diverges_is_a_problem_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_falls_out_of_a_secure_round_is_not_in_its_sum(place: Place) -> None:
+    """Of three it takes two; one alone is not opened, and the round says so."""
+    place.plan(training={"rounds": 8, "steps": 1}, cohort={"round_seconds": 60.0})
+    result = go(place, faults=Faults(dropout=0.25, stragglers=0.25))
+    folder = RunFolder.open(result.folder)
+    came = set()
+    for record in result.rounds[1:]:
+        reasons = {reason for node, reason in record.problems.items() if node != "the round"}
+        assert reasons <= {"dropped out (simulated)", "no answer within 60 s"}
+        left = 3 - len(record.problems.keys() - {"the round"})
+        came.add(left)
+        assert record.clients == record.steps == (left if left >= 2 else 0)
+        assert ("the round" in record.problems) is (left < 2)
+        before, after = (digest(folder.load(number).adapter) for number in (record.round - 1, record.round))
+        assert (before == after) is (left < 2)
+        assert record.eval_loss is not None, "evaluations have no faults"
+    assert min(came) < 2 <= max(came), "both kinds of round are to be seen"
+
+
+@pytest.mark.parametrize("kind", ["sealed", "secagg"])
+@pytest.mark.parametrize("what", ["_trained", "_measured"])
+def test_a_client_that_diverges_is_a_problem_of_its_own(
+    place: Place, kind: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loss or an update that is no number must not end the federation."""
-    perform = Worker.perform
+    done = getattr(Worker, what)
 
-    def sick(self: Worker, task: Task) -> Reply:
-        reply = perform(self, task)
-        if self.node == "client-001.jsonl" and isinstance(reply.outcome, Trained):
-            return replace(reply, outcome=replace(reply.outcome, loss=float("nan")))
-        return reply
+    def sick(self: Worker, task: Task, work: Any) -> Part:
+        part: Part = done(self, task, work)
+        return replace(part, loss=float("nan")) if self.node == "client-001.jsonl" else part
 
-    monkeypatch.setattr(Worker, "perform", sick)
+    monkeypatch.setattr(Worker, what, sick)
+    place.plan(protection={"kind": kind})
     result = go(place)
-    assert [record.clients for record in result.rounds] == [0, 2, 2, 2]
+    assert [record.clients for record in result.rounds] == [0, *[2 if what == "_trained" else 3] * 3]
     assert all(list(record.problems) == ["client-001.jsonl"] for record in result.rounds[1:])
+    assert all(record.eval_loss is not None for record in result.rounds)
 
 
 def test_all_examples_of_many_clients_are_never_in_memory(
@@ -449,8 +482,9 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(
         tuning=tuning,
         training={"rounds": 4, "steps": 2},
         aggregation={"server_optimizer": "adam", "learning_rate": 0.01},
-        cohort={"size": 2},
+        cohort={"size": 3},
     )
+    assert plans.load(place.path / "plan.toml").protection.kind == "secagg"
     faults = Faults(dropout=0.2, stragglers=0.2)
     whole = go(place, faults=faults, runs=place.path / "whole")
     save = RunFolder.save
@@ -500,6 +534,49 @@ def test_fewer_clients_than_a_round_needs_is_said_at_once(place: Place) -> None:
     with pytest.raises(PlanError, match=r"cohort\.minimum = 4, but there are 3 clients"):
         go(place)
     assert not place.runs()
+
+
+def test_fewer_clients_than_a_sum_needs_is_said_at_once(place: Place) -> None:
+    with pytest.raises(PlanError, match=r'"secagg" takes 3 clients, and there are 2.*protection\.kind = "sealed"'):
+        go(place, clients=2)
+    assert not place.runs()
+    place.plan(protection=SEALED, training={"rounds": 1})
+    assert go(place, clients=2).rounds[1].clients == 2
+
+
+def test_privacy_is_written_down_in_the_run_folder(place: Place) -> None:
+    """A line for each round; nothing is evaluated, and the rounds have noise of their own every time."""
+    privacy = {"kind": "client", "noise_multiplier": 1.0, "clipping_norm": 0.1}
+    place.plan(aggregation={"weighting": "uniform"}, privacy=privacy)
+    first, again = go(place), go(place)
+    for result in (first, again):
+        ledger = Ledger(result.folder / LEDGER)
+        assert [(entry.run, entry.round) for entry in ledger.entries] == [(result.run, n) for n in (1, 2, 3)]
+        assert [record.clipping_norm for record in result.rounds] == [None, 0.1, 0.1, 0.1]
+        assert (
+            {record.eval_loss for record in result.rounds} == {record.train_loss for record in result.rounds} == {None}
+        )
+        assert [record.clients for record in result.rounds] == [0, 3, 3, 3]
+    assert first.adapter_digest != again.adapter_digest
+
+
+def test_a_crash_after_a_round_was_paid_for_leaves_it_spent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.plan(aggregation={"weighting": "uniform"}, privacy={"kind": "client", "noise_multiplier": 1.0})
+    trained = Worker._trained
+
+    class Crash(Exception):
+        pass
+
+    def crash(self: Worker, task: Task, work: Any) -> Part:
+        if task.round == 2:
+            raise Crash
+        return trained(self, task, work)
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(Worker, "_trained", crash)
+        go(place)
+    go(place, resume=place.run().name, data=None)
+    assert [entry.round for entry in Ledger(place.run() / LEDGER).entries] == [1, 2, 2, 3]
 
 
 def test_the_run_folder_keeps_the_adapter_of_every_round(place: Place) -> None:
