@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from farfield.coordinator.aggregation.mean import WeightedMean
-from farfield.coordinator.rounds import TrainingRound, Verdict
+from farfield.coordinator.asking import Verdict
+from farfield.coordinator.rounds import TrainingRound
 from farfield.emulator import methods
 from farfield.protocols.envelope import (
     Charter,

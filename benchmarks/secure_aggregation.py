@@ -519,8 +519,9 @@ def report(measured: Measured, server: str) -> list[Verdict]:
     ]
     verdicts.append(_compare(f"server, {server}", *([took] for took in measured.server)))
     sent = [ran[0] for ran in list(measured.clients.values())[-1]]
-    ours, theirs = (f"{one.vector_bytes / measured.values:.2f}, and {one.other_bytes / 1e3:.0f} kB" for one in sent)
-    print(f"| bytes a parameter up | {ours} | {theirs} | {sent[1].vector_bytes / sent[0].vector_bytes:.1f} | |")
+    ours, theirs = (f"{one.vector_bytes / measured.values:.2f} ({one.other_bytes / 1e3:.0f} kB)" for one in sent)
+    ratio = sent[1].vector_bytes / sent[0].vector_bytes
+    print(f"| bytes a parameter up (and besides) | {ours} | {theirs} | {ratio:.1f} | |")
     verdicts.append(at_most("bytes a parameter up", sent[0].vector_bytes / measured.values, BYTES))
     picked, small = measured.noise
     verdicts.append(at_most("bytes a parameter up, distributed noise", picked.modulus_bits / 8, BYTES_WITH_NOISE))
@@ -529,8 +530,9 @@ def report(measured: Measured, server: str) -> list[Verdict]:
     share = median(mask / aes for mask, aes in zip(speeds.masks, speeds.aes128, strict=True))
     verdicts.append(at_least("masks, of AES-128-CTR's own speed", share, OF_AES))
     print(
-        f"\nmasks {_spread(speeds.masks)} GB/s; AES-128-CTR {_spread(speeds.aes128)}; "
-        f"AES-256-CTR {_spread(speeds.aes256)}\nevery sum of ours equals the plain sum of the fixed-point values\n"
+        f"\nmasks {_spread(speeds.masks, ' GB/s')}; AES-128-CTR {_spread(speeds.aes128, ' GB/s')}; "
+        f"AES-256-CTR {_spread(speeds.aes256, ' GB/s')}\n"
+        "every sum of ours equals the plain sum of the fixed-point values\n"
     )
     print(*verdicts, sep="\n")
     return verdicts
@@ -541,16 +543,16 @@ def _compare(what: str, ours: list[Took], theirs: list[Took]) -> Verdict:
     busy, clock = ([[getattr(one, kind) for one in side] for side in (ours, theirs)] for kind in ("busy", "clock"))
     ratio, other = (median(seconds[1]) / median(seconds[0]) for seconds in (busy, clock))
     print(
-        f"| {what} | {_spread(busy[0])} s | {_spread(busy[1])} s | {ratio:.1f} "
+        f"| {what} | {_spread(busy[0], ' s')} | {_spread(busy[1], ' s')} | {ratio:.1f} "
         f"| {median(clock[0]):.2f} s, {median(clock[1]):.2f} s: {other:.1f} |"
     )
     return at_least(f"{what}, times less time", ratio, FASTER)
 
 
-def _spread(figures: list[float]) -> str:
+def _spread(figures: list[float], unit: str) -> str:
     if len(figures) == 1:
-        return f"{figures[0]:.2f}"
-    return f"{median(figures):.2f} ({min(figures):.2f} to {max(figures):.2f})"
+        return f"{figures[0]:.2f}{unit}"
+    return f"{median(figures):.2f}{unit} ({min(figures):.2f} to {max(figures):.2f})"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -11,8 +11,8 @@ Every way is scored on the dev set, which none of them trains on:
 1. federated LoRA over ten clients, split by label with Dirichlet(0.5) (Hsu et al. 2019), five in each round; sealed,
    and again with secure aggregation;
 2. the same clients with example-level privacy, ε = 8 and 2: DP-SGD on FFA-LoRA, under secure aggregation;
-3. a thousand clients with client-level privacy, ε = 8 and 2: Fed-SB, each client in one round of ten, its noise added
-   in shares before it is masked; and the same without noise and clipping;
+3. five hundred clients with client-level privacy, ε = 8 and 2: Fed-SB, each client in one round of five, its noise
+   added in shares before it is masked; and the same without noise and clipping;
 4. centralised LoRA and centralised full fine-tuning on the pooled data, as many steps of the same size as in 1.
 
 The ways of 1 and 4 share one learning rate. The dev set took no part in choosing anything.
@@ -80,21 +80,21 @@ SECURE = changed(LORA, protection={"kind": "secagg"})
 FFA = changed(SECURE, tuning={"freeze_a": True, "dropout": 0.0})
 MANY = changed(
     SECURE,
-    tuning={"kind": "fed-sb", "rank": 8, "alpha": None, "dropout": 0.0},
-    training={"rounds": 10, "steps": 2, "learning_rate": 5e-3, "schedule": "constant"},
-    cohort={"fraction": None},
-    aggregation={"weighting": "uniform", "server_optimizer": "none"},
-    evaluation={"every": 10, "clients": 20},
+    tuning={"kind": "fed-sb", "rank": 4, "alpha": None, "dropout": 0.0},
+    training={"rounds": 5, "steps": 4, "batch_size": 16, "learning_rate": 1e-2, "schedule": "constant"},
+    cohort={"size": 100, "fraction": None},
+    aggregation={"weighting": "uniform"},
+    evaluation={"every": 5, "clients": 20},
 )
 
 
 def by_example(epsilon: float) -> Sections:
-    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.01, "clipping_norm": 0.5}
+    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.005, "clipping_norm": 0.5}
     return changed(FFA, privacy=privacy | {"delta": DELTA, "exact_evaluation": True})
 
 
 def by_client(epsilon: float) -> Sections:
-    privacy = {"kind": "client", "noise": "distributed", "target_epsilon": epsilon, "clipping_norm": 0.5}
+    privacy = {"kind": "client", "noise": "distributed", "target_epsilon": epsilon, "clipping_norm": 0.3}
     return changed(MANY, privacy=privacy | {"delta": DELTA, "participations": 1, "exact_evaluation": True})
 
 
@@ -117,9 +117,9 @@ WAYS = {
     "secagg": Way("the same with secure aggregation", 10, 0.5, SECURE),
     "example-8": Way("FFA-LoRA, example-level ε = 8", 10, 0.5, by_example(8.0)),
     "example-2": Way("FFA-LoRA, example-level ε = 2", 10, 0.5, by_example(2.0)),
-    "many": Way("Fed-SB, 1,000 clients", 1000, None, MANY),
-    "client-8": Way("Fed-SB, client-level ε = 8", 1000, None, by_client(8.0)),
-    "client-2": Way("Fed-SB, client-level ε = 2", 1000, None, by_client(2.0)),
+    "many": Way("Fed-SB, 500 clients", 500, None, MANY),
+    "client-8": Way("Fed-SB, client-level ε = 8", 500, None, by_client(8.0)),
+    "client-2": Way("Fed-SB, client-level ε = 2", 500, None, by_client(2.0)),
 }
 CENTRALISED = ("LoRA", "full fine-tuning")
 

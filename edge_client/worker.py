@@ -51,6 +51,8 @@ class Worker:
         plan = self.bench.plan
         if task.plan_digest != plan.digest:
             raise PlanError("the task belongs to another Plan", where=f"run {task.run}, round {task.round}")
+        if task.round > plan.training.rounds:
+            raise PlanError(f"round {task.round} of a Plan of {plan.training.rounds}", where=f"run {task.run}")
         match task.work:
             case Secure():
                 if self.secure is None:
@@ -80,7 +82,7 @@ class Worker:
 
     def _trained(self, task: Task, work: Train) -> Part:
         plan, bench = self.bench.plan, self.bench
-        if not takes_part(plan, self.node, task.round):
+        if task.round < 1 or not takes_part(plan, self.node, task.round):
             raise PlanError(f"round {task.round} is not this client's turn, by the Plan's privacy.participations")
         examples = self.data().train
         shared, own = unpack_state(work.adapter), self._own(task.round - 1)

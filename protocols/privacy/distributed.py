@@ -115,7 +115,7 @@ def design(dimension: int, clients: int, survivors: int, modulus_bits: int, nois
     return made(grid_norm)
 
 
-def smallest(dimension: int, clients: int, survivors: int, noise_multiplier: float, inflation: float = 1.1) -> Design:
+def smallest(dimension: int, clients: int, survivors: int, noise_multiplier: float, inflation: float = 1.25) -> Design:
     """The design with the smallest modulus that makes the noise at most `inflation` times what central noise would be.
 
     Raises:

@@ -3,7 +3,7 @@
 Continuous noise in floating point leaks: which numbers a sum can become depends on the number underneath (Mironov 2012,
 "On significance of the least significant bits for differential privacy"), and adding up several samples, as Holohan and
 Braghin 2021 do, only makes the search longer. All noise here is therefore an integer, and belongs on numbers that were
-put on the same grid before (`release.py`, `distributed.py`); then what comes out lies on a grid that no data can move.
+put on the same grid before (`central.py`, `distributed.py`); then what comes out lies on a grid that no data can move.
 """
 
 from __future__ import annotations

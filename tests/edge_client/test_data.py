@@ -308,6 +308,30 @@ def test_without_packing_no_example_holds_two_records(records: list[Record], siz
     assert all(len(example.input_ids) <= size for example in together)
 
 
+@given(lm_records, st.integers(8, 64), st.booleans())
+@settings(deadline=None)
+def test_truncated_one_record_is_one_example(records: list[Record], size: int, completion_only: bool) -> None:
+    """Its beginning, whole if it fits; or none, where nothing of that is to be learnt."""
+    data = Data(max_length=size, packing=False, truncate=True, completion_only=completion_only)
+    for record in records:
+        whole, kept = encoded(record, data), token_examples(tokenize([record], TOKENIZER, data, LM))
+        ids, labels = list(whole.input_ids)[:size], list(whole.labels)[:size]
+        learns = any(label != IGNORED for label in labels[1:])
+        assert [(list(one.input_ids), list(one.labels)) for one in kept] == [(ids, labels)] * learns
+    together = tokenize(records, TOKENIZER, data, LM)
+    assert together == [example for record in records for example in tokenize([record], TOKENIZER, data, LM)]
+    assert len(together) <= len(records)
+
+
+def test_truncating_cuts_what_cutting_would_keep() -> None:
+    records: list[Record] = [Text("a" * 40), Text("b" * 3), Text("c" * 16)]
+    lengths = {}
+    for truncate in (False, True):
+        data = Data(max_length=16, packing=False, truncate=truncate)
+        lengths[truncate] = [len(one.input_ids) for one in tokenize(records, TOKENIZER, data, LM)]
+    assert lengths == {False: [16, 16, 9, 4, 16], True: [16, 4, 16]}
+
+
 def test_packed_texts_share_one_array_for_tokens_and_labels() -> None:
     blocks = token_examples(tokenize([Text("a" * 40), Text("b" * 40)], TOKENIZER, Data(max_length=16), LM))
     assert all(block.labels is block.input_ids for block in blocks)

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from secure_clients import TERMS, Clients
 from tiny import plan_text, write_backbone, write_clients
 
+from farfield.coordinator.rounds import trained_shapes
+from farfield.coordinator.secure_rounds import SecureRound
 from farfield.edge_client.consent import Consent
 from farfield.edge_client.participant import Participant
+from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
 from farfield.protocols import plan as plans
 from farfield.protocols.envelope import Charter, Desk, Identity, Signer, sign_charter
 from farfield.protocols.errors import TrustError
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Outcome, Refused, Task, Train, Trained
+from farfield.protocols.messages import (
+    Evaluate,
+    Evaluated,
+    Failed,
+    Outcome,
+    Refused,
+    Reply,
+    Secure,
+    Secured,
+    Task,
+    Train,
+    Trained,
+    Work,
+)
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
-from farfield.protocols.tensors import pack_state
+from farfield.protocols.privacy.ledger import Ledger
+from farfield.protocols.privacy.mechanism import promised
+from farfield.protocols.secagg import Step
+from farfield.protocols.summing import Part, Subject
+from farfield.protocols.tensors import digest, pack_state, unpack_state
 
 ANN = Identity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
 SIGNER = Signer(Ed25519PrivateKey.generate(), b"certificate")
@@ -32,16 +55,18 @@ BACKBONE = "ab" * 32
 class Place:
     """A coordinator's desk on one side, and a participant on the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
         self.folder = folder
-        self.plan: Plan = plans.parse(plan_text(), registered(), None)
+        self.plan: Plan = plans.parse(plan_text(**{"protection": {"kind": "sealed"}} | sections), registered(), None)
         bench = Bench(self.plan, folder / "backbone")
         self.adapter = pack_state(bench.adapter(), "float32")
         self.charter = Charter("run-1", self.plan.canonical(), BACKBONE, 1000, bench.frozen)
         self.fetched: list[str] = []
         self.said: list[str] = []
 
-    def participant(self, consent: Consent | None = None, data: str = "data/client-000.jsonl") -> Participant:
+    def participant(
+        self, consent: Consent | None = None, data: str = "data/client-000.jsonl", ledger: Path | None = None
+    ) -> Participant:
         return Participant(
             "ann",
             ANN,
@@ -50,12 +75,15 @@ class Place:
             self.folder / data,
             self._fetch,
             lambda run, number, activity: self.said.append(activity),
+            ledger=ledger,
         )
 
-    def ask(self, who: Participant, work: Train | Evaluate | None = None, cohort: int = 3, **charter: Any) -> Outcome:
+    def ask(
+        self, who: Participant, work: Work | None = None, cohort: int = 3, number: int = 1, **charter: Any
+    ) -> Outcome:
         stated = replace(self.charter, **charter)
         work = work or Evaluate(self.adapter)
-        task = Task(stated.run, 1, "ann", stated.plan_digest, work, cohort)
+        task = Task(stated.run, number, "ann", stated.plan_digest, work, cohort)
         desk = Desk(sign_charter(stated, SIGNER), SIGNER, work, expires=time.time() + 60, sealed=True)
         return desk.open(who.answer(desk.address(task, ANN.member)), task, ANN.member).outcome
 
@@ -153,3 +181,173 @@ def test_an_unknown_signer_gets_no_answer(place: Place) -> None:
     task = Task("run-1", 1, "ann", place.plan.digest, work, 3)
     with pytest.raises(TrustError, match="another signer"):
         place.participant().answer(desk.address(task, ANN.member))
+
+
+# --- Secure aggregation and privacy -----------------------------------------------------------------------------------
+
+SECAGG: dict[str, dict[str, Any]] = {"protection": {"kind": "secagg"}}
+CLIENT: dict[str, dict[str, Any]] = {
+    "aggregation": {"weighting": "uniform"},
+    "privacy": {"kind": "client", "noise_multiplier": 2.0},
+}
+
+
+def others(task: Task, asked: Train | Evaluate) -> Part:
+    """What those do who are no real participants: nothing, in the right form."""
+    update = {name: np.zeros_like(one) for name, one in unpack_state(asked.adapter).items()}
+    return Part(update if isinstance(asked, Train) else {}, 1, 1, 1.0, 1)
+
+
+def added_up(
+    place: Place, ann: Participant, work: Train | Evaluate, number: int = 1
+) -> tuple[SecureRound, list[Outcome]]:
+    """A secure round of ann, a real participant, and two others; and what she answered at each step."""
+    crowd = Clients(place.plan, others, BACKBONE, place.charter.frozen, TERMS)
+    shapes = trained_shapes(place.plan, unpack_state(work.adapter), number) if isinstance(work, Train) else {}
+    subject = Subject(
+        bytes.fromhex(place.plan.digest),
+        bytes.fromhex(BACKBONE),
+        bytes.fromhex(place.charter.frozen),
+        "train" if shapes else "evaluate",
+        bytes.fromhex(digest(unpack_state(work.adapter))),
+        work.clipping_norm if isinstance(work, Train) else None,
+        (1.0,) * len(shapes),
+    )
+    keys = {"ann": ANN.signing.public_key().public_bytes_raw(), **crowd.identities(("bob", "cy"))}
+    session = secrets.token_bytes(32)
+    round_ = SecureRound(place.plan, "run-1", number, work, subject, shapes, keys, session, lambda: 0.0)
+    said: list[Outcome] = []
+    for _, one in round_.steps():
+        for task in one.tasks():
+            if task.node == "ann":
+                said.append(place.ask(ann, task.work, number=number))
+                one.receive(Reply.to(task, said[-1]), 0.0)
+            else:
+                one.receive(Reply.to(task, crowd.answer(task)), 0.0)
+    return round_, said
+
+
+def test_a_participant_takes_all_steps_of_a_secure_round(folder: Path) -> None:
+    place = Place(folder, **SECAGG)
+    ann = place.participant()
+    for work in (Train(place.adapter), Evaluate(place.adapter)):
+        round_, said = added_up(place, ann, work)
+        assert round_.failure == ""
+        assert [type(one) for one in said] == [Secured] * 5
+        assert round_.clients == ("ann", "bob", "cy")
+        assert round_.sum is not None
+        assert round_.sum.examples > 2
+    assert ann.loads == 1
+    assert "secure aggregation: advertise" in place.said
+    assert "training" in place.said
+    assert "evaluating" in place.said
+
+
+@pytest.mark.parametrize("kind", [Train, Evaluate])
+def test_an_answer_that_stands_alone_is_not_given_where_sums_are_promised(
+    folder: Path, kind: type[Train] | type[Evaluate]
+) -> None:
+    place = Place(folder, **SECAGG)
+    outcome = place.ask(place.participant(data="no/such/file"), kind(place.adapter))
+    assert isinstance(outcome, Failed)
+    assert "the Plan promises secure aggregation" in outcome.reason
+
+
+def test_the_owners_limits_hold_for_every_sum(folder: Path) -> None:
+    place = Place(folder, **SECAGG)
+    for consent, reason in (
+        (Consent(min_sum=3), "3"),
+        (Consent(roster_key="ab" * 32), "without a consortium's roster"),
+        (Consent(protections=("sealed",)), "consent.protections"),
+    ):
+        round_, said = added_up(place, place.participant(consent, data="no/such/file"), Train(place.adapter))
+        assert "ann" not in round_.clients
+        assert isinstance(said[0], Failed | Refused)
+        assert reason in said[0].reason
+
+
+def enough(place: Place) -> float:
+    spent = promised(place.plan)
+    assert spent is not None
+    return spent.epsilon * 1.0001
+
+
+def test_a_round_is_written_down_before_it_is_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And stays, though training failed: something of it may have been seen."""
+    place = Place(folder, **CLIENT)
+    ledger = tmp_path / "ledger.jsonl"
+    rounds: list[list[int]] = []
+    trained = Worker._trained
+
+    def noted(self: Worker, task: Task, work: Train) -> Part:
+        rounds.append([entry.round for entry in Ledger(ledger).entries])
+        return trained(self, task, work)
+
+    monkeypatch.setattr(Worker, "_trained", noted)
+    ann = place.participant(ledger=ledger)
+    assert isinstance(place.ask(ann, Train(place.adapter, 1.0)), Trained)
+    assert isinstance(place.ask(ann, Train(place.adapter), number=2), Failed)  # without a norm
+    assert rounds == [[1], [1, 2]]
+    assert [(entry.run, entry.round, entry.plan) for entry in Ledger(ledger).entries] == [
+        ("run-1", number, place.plan.digest) for number in (1, 2)
+    ]
+
+
+def test_an_owner_who_allows_what_the_plan_promises_is_in_all_of_its_rounds(folder: Path, tmp_path: Path) -> None:
+    """At every step of the last round, too; and in no round of another run."""
+    place = Place(folder, **SECAGG | CLIENT)
+    ledger = tmp_path / "ledger.jsonl"
+    ann = place.participant(Consent(max_epsilon=enough(place)), ledger=ledger)
+    for number in (1, 2, 3):
+        round_, said = added_up(place, ann, Train(place.adapter, 1.0), number)
+        assert [type(one) for one in said] == [Secured] * 5
+        assert "ann" in round_.clients
+    assert [entry.round for entry in Ledger(ledger).entries] == [1, 2, 3]
+    outcome = place.ask(ann, Secure(Step.ADVERTISE.value, bytes(32), b"", b""), run="run-2")
+    assert isinstance(outcome, Refused)
+    assert "on this machine's data 3 more rounds would bring" in outcome.reason
+
+
+@pytest.mark.parametrize("sections", [CLIENT, SECAGG | CLIENT], ids=["sealed", "secagg"])
+def test_a_run_that_would_spend_too_much_is_refused_at_its_first_task(
+    folder: Path, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    place = Place(folder, **sections)
+    ledger = tmp_path / "ledger.jsonl"
+    ann = place.participant(Consent(max_epsilon=enough(place) * 0.9), data="no/such/file", ledger=ledger)
+    for number in (0, 1):
+        outcome = place.ask(ann, Train(place.adapter, 1.0), number=number)
+        assert isinstance(outcome, Refused)
+        assert "consent.max_epsilon" in outcome.reason
+    assert (ann.loads, place.fetched) == (0, [])
+    assert Ledger(ledger).entries == ()
+
+
+def test_without_privacy_a_run_over_data_with_a_limit_is_refused(place: Place, tmp_path: Path) -> None:
+    ann = place.participant(Consent(max_epsilon=100.0), data="no/such/file", ledger=tmp_path / "ledger.jsonl")
+    outcome = place.ask(ann, Train(place.adapter))
+    assert isinstance(outcome, Refused)
+    assert "max_epsilon" in outcome.reason
+
+
+@pytest.mark.parametrize("sections", [CLIENT, SECAGG | CLIENT], ids=["sealed", "secagg"])
+def test_a_loss_that_privacy_does_not_cover_is_not_told(folder: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
+    place = Place(folder, **sections)
+    ledger = tmp_path / "ledger.jsonl"
+    ann = place.participant(data="no/such/file", ledger=ledger)
+    if sections is CLIENT:
+        outcome = place.ask(ann, Evaluate(place.adapter))
+    else:
+        _, said = added_up(place, ann, Evaluate(place.adapter))
+        outcome = said[-1]
+    assert isinstance(outcome, Failed)
+    assert "this Plan's privacy does not allow" in outcome.reason
+    assert not ledger.exists()
+
+
+def test_an_evaluation_spends_nothing(place: Place, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    assert isinstance(place.ask(place.participant(ledger=ledger)), Evaluated)
+    assert not ledger.exists()

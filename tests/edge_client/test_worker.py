@@ -14,14 +14,17 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from farfield.edge_client.data import ClientData, Example, TokenExample
+from farfield.edge_client.secure import Work
 from farfield.edge_client.train import evaluate
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
 from farfield.protocols import plan as plans
 from farfield.protocols.errors import DataError, MalformedMessage, PlanError
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Task, Train, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Secure, Secured, Task, Train, Trained
 from farfield.protocols.plan import Plan
+from farfield.protocols.privacy.clipping import l2_norm
+from farfield.protocols.summing import Part, Shapes
 from farfield.protocols.tensors import State, pack_state, unpack_state
 
 hf: Any = transformers  # whose constructors are untyped
@@ -29,7 +32,10 @@ hf: Any = transformers  # whose constructors are untyped
 WORDS = {"<pad>": 0, "<end>": 1} | {f"w{index}": index for index in range(2, 20)}
 
 
-def text(rounds: int = 2, wire: str = "float32", examples: str = "") -> str:
+SEALED = '[protection]\nkind = "sealed"'
+
+
+def text(rounds: int = 2, wire: str = "float32", examples: str = "", extra: str = SEALED) -> str:
     return f"""
         [model]
         backbone = "anywhere"
@@ -47,6 +53,7 @@ def text(rounds: int = 2, wire: str = "float32", examples: str = "") -> str:
         {examples}
         [delivery]
         dtype = "{wire}"
+        {extra}
     """
 
 
@@ -209,3 +216,141 @@ def test_data_is_not_touched_for_another_plan(bench: Bench, start: State) -> Non
 
     sent = replace(task(bench, Train(pack_state(start, "float32"))), plan_digest="00" * 32)
     assert isinstance(Worker("ann", bench, touched).perform(sent).outcome, Failed)
+
+
+def test_a_round_that_the_plan_does_not_have_is_not_trained(bench: Bench, start: State) -> None:
+    """What is promised of a Plan's rounds would not hold of more."""
+    sent = task(bench, Train(pack_state(start, "float32")))
+    for number in (0, 3, 2**40):
+        with pytest.raises(PlanError, match=f"round {number} "):
+            Worker("ann", bench, untouched).outcome(replace(sent, round=number))
+    with pytest.raises(PlanError, match="round 3 of a Plan of 2"):
+        Worker("ann", bench, untouched).outcome(task(bench, Evaluate(pack_state(start, "float32")), 3))
+
+
+def untouched() -> ClientData:
+    raise AssertionError("the data was read")
+
+
+def secure_step(step: str = "advertise", work: Train | Evaluate | None = None) -> Secure:
+    return Secure(step, bytes(32), b"common", b"own", work=work)
+
+
+def test_where_sums_are_promised_nobody_answers_by_itself(folder: Path) -> None:
+    bench = Bench(parsed(text(extra="")), folder)
+    assert bench.plan.protection.kind == "secagg"
+    for kind in (Train, Evaluate):
+        with pytest.raises(PlanError, match="wants this client's answer by itself, and the Plan promises secure"):
+            Worker("ann", bench, untouched).outcome(task(bench, kind(pack_state(bench.adapter(), "float32"))))
+
+
+def test_where_no_sum_is_made_no_step_of_one_is_taken(bench: Bench) -> None:
+    sent = replace(task(bench, Evaluate({})), work=secure_step())
+    with pytest.raises(PlanError, match="a step of a secure aggregation, which this Plan does not have"):
+        Worker("ann", bench, untouched).outcome(sent)
+
+
+def parts(bench: Bench, work: Train | Evaluate, source: Callable[[], ClientData] = data) -> tuple[Part, Shapes]:
+    """What the worker would add to a sum."""
+    found: list[tuple[Part, Shapes]] = []
+
+    def secure(task: Task, asked: Secure, do: Work) -> Secured:
+        assert asked.work is not None
+        found.append(do(task, asked.work))
+        return Secured(b"masked")
+
+    sent = replace(task(bench, work), work=secure_step("submit", work))
+    assert Worker("ann", bench, source, secure=secure).outcome(sent) == Secured(b"masked")
+    return found[0]
+
+
+def test_what_is_added_to_a_sum_is_what_would_be_told(folder: Path, bench: Bench, start: State) -> None:
+    """Training and measuring are the same; losses are summed over their targets."""
+    adapter = pack_state(start, "float32")
+    secure = Bench(parsed(text(extra="")), folder)
+    told, part = perform(bench, start, Train).outcome, parts(secure, Train(adapter))[0]
+    assert isinstance(told, Trained)
+    assert (part.examples, part.targets, part.steps) == (told.examples, told.targets, told.steps)
+    assert part.loss == pytest.approx(told.loss * told.targets, rel=1e-6)
+    update = unpack_state(told.update)
+    for name in update:
+        np.testing.assert_array_equal(part.update[name], update[name])
+    assert parts(secure, Train(adapter))[1] == {name: one.shape for name, one in start.items()}
+    measured, part = perform(bench, start, Evaluate).outcome, parts(secure, Evaluate(adapter))[0]
+    assert isinstance(measured, Evaluated)
+    assert (part.examples, part.targets, part.correct) == (measured.examples, measured.targets, measured.correct)
+    assert part.loss == pytest.approx(measured.loss * measured.targets, rel=1e-6)
+    assert parts(secure, Evaluate(adapter), lambda: ClientData(examples(2), [])) == (Part(), {})
+
+
+CLIENT = """
+    [aggregation]
+    weighting = "uniform"
+    [privacy]
+    kind = "client"
+    noise_multiplier = 1.0
+"""
+
+
+@pytest.mark.parametrize("extra", [CLIENT, SEALED + CLIENT], ids=["secagg", "sealed"])
+def test_of_a_protected_client_nothing_leaves_but_its_clipped_update(folder: Path, extra: str) -> None:
+    bench = Bench(parsed(text(extra=extra)), folder)
+    adapter = pack_state(bench.adapter(), "float32")
+
+    def part(norm: float | None) -> Part:
+        work = Train(adapter, norm)
+        if bench.plan.protection.kind == "secagg":
+            return parts(bench, work)[0]
+        told = Worker("ann", bench, data).outcome(task(bench, work))
+        assert isinstance(told, Trained)
+        return Part(unpack_state(told.update), told.examples, told.targets, told.loss, told.steps, 0, told.clipped)
+
+    whole, clipped = part(1e6), part(1e-3)
+    assert 1e-3 < l2_norm(whole.update) < 1e6
+    assert l2_norm(clipped.update) <= 1e-3
+    assert l2_norm(clipped.update) == pytest.approx(1e-3, rel=1e-5)
+    assert (whole.clipped, clipped.clipped) == (False, True)
+    for one in (whole, clipped):
+        assert replace(one, update={}, clipped=False) == Part()
+    factor = 1e-3 / l2_norm(whole.update)
+    for name, change in whole.update.items():
+        np.testing.assert_allclose(clipped.update[name], change * factor, rtol=1e-4, atol=1e-12)
+    with pytest.raises(PlanError, match="does not say to which norm"):
+        part(None)
+
+
+@pytest.mark.parametrize("extra", [CLIENT, SEALED + CLIENT], ids=["secagg", "sealed"])
+def test_a_loss_that_privacy_does_not_cover_is_not_measured(folder: Path, extra: str) -> None:
+    bench = Bench(parsed(text(extra=extra)), folder)
+    work = Evaluate(pack_state(bench.adapter(), "float32"))
+    with pytest.raises(PlanError, match="a held-out loss, which this Plan's privacy does not allow"):
+        if bench.plan.protection.kind == "secagg":
+            parts(bench, work, untouched)
+        else:
+            Worker("ann", bench, untouched).outcome(task(bench, work))
+
+
+def test_a_loss_that_the_plan_lets_out_is_measured(folder: Path) -> None:
+    bench = Bench(parsed(text(extra=CLIENT + "exact_evaluation = true\n")), folder)
+    assert parts(bench, Evaluate(pack_state(bench.adapter(), "float32")))[0].targets > 0
+
+
+def test_a_round_that_is_anothers_turn_is_not_trained(folder: Path) -> None:
+    bench = Bench(parsed(text(extra=CLIENT + "participations = 1\n")), folder)
+    work = Train(pack_state(bench.adapter(), "float32"), 1.0)
+    for node in ("ann", "bob", "cy", "dan"):
+        refused = []
+        for number in (1, 2):
+            sent = replace(task(bench, work, number), node=node, work=secure_step("submit", work))
+            try:
+                Worker(node, bench, data, secure=did).outcome(sent)
+            except PlanError as error:
+                assert "is not this client's turn" in str(error)
+                refused.append(number)
+        assert len(refused) == 1, "of a turn of two rounds it is in one"
+
+
+def did(task: Task, asked: Secure, do: Work) -> Secured:
+    assert asked.work is not None
+    do(task, asked.work)
+    return Secured(b"")

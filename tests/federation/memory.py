@@ -37,7 +37,7 @@ class Trace:
         return frozenset(exact | ({"words"} if any(_near(raw, one) for one in self.words) else set()))
 
 
-def stretches(values: Iterable[NDArray[np.float32]], most: int = 4) -> Iterator[slice | None]:
+def stretches(values: Iterable[NDArray[np.float32]], most: int = 2) -> Iterator[slice | None]:
     """For each array a stretch whose values are all far from zero; None where there is none, or after `most`."""
     given = 0
     for array in values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def test_a_client_that_dies_in_a_session_costs_its_own_part(
 ) -> None:
     """In round 1 it is back before the round ends, and knows nothing of the session; in round 3 it stays away."""
     run = running.submit(plan(toy, rounds=4, steps=150, minimum=3, seconds=200, protection="secagg"))
-    with _held_in_training(clients[SLOW], run, 1):
+    with _held_in_training([clients[SLOW]], run, 1):
         clients[VICTIM].says(f"Run {run}, round 1: training").kill()
         clients[VICTIM] = running.rejoin(VICTIM)
     clients[VICTIM].says(f"Run {run}, round 3: training").kill()
@@ -119,17 +119,21 @@ def test_the_coordinator_may_die_in_any_step(running: Federation, toy: Path, cli
 @pytest.mark.slow
 def test_nobody_but_the_client_has_its_update(running: Federation, toy: Path, clients: dict[str, Process]) -> None:
     """The update is known from a simulation, and looked for in every form it could have. That the search finds what is
-    there shows in a sealed run, where the coordinator reads each update, and in the client's own memory."""
-    sealed = plan(toy, rounds=1, steps=150, minimum=4)
-    secure = plan(toy, rounds=1, steps=150, minimum=4, protection="secagg")
+    there shows in a sealed run, where the coordinator reads each update, and in the client's own memory.
+
+    The others are held, so that the victim's is the only update that the coordinator has.
+    """
+    others = FOUR[1:]
+    sealed = plan(toy, rounds=1, steps=150, minimum=1)
+    secure = plan(toy, rounds=1, steps=150, minimum=3, protection="secagg")
     trace, vector = _trace(toy, sealed, secure)
     assert trace.found(vector.tobytes()) == {"words"}
     assert trace.found(bytes(fixedpoint.pack(vector, 24))) == {"packed"}
 
     run = running.submit(sealed)
-    with _held_in_training(clients[SLOW], run, 1):
+    with _held_in_training([clients[name] for name in others], run, 1):
         _accepts(running, run, times=1)
-        assert "float32" in _at_the_coordinator(running, trace)
+        assert "weighted" in _at_the_coordinator(running, trace)
     running.finishes(run)
     for number, name in enumerate(FOUR):  # what freed memory still holds of it must not be taken for the next run's
         clients[name].end()
@@ -140,7 +144,7 @@ def test_nobody_but_the_client_has_its_update(running: Federation, toy: Path, cl
             running.serve()
 
     run = running.submit(secure)
-    with _held_in_training(clients[SLOW], run, 1):
+    with _held_in_training([clients[name] for name in others], run, 1):
         _accepts(running, run, times=3)  # its keys, its shares, and its vector
         assert not _at_the_coordinator(running, trace)
         assert "float32" in in_memory(trace, clients[VICTIM].pid)
@@ -174,7 +178,7 @@ def test_what_is_spent_stands_in_the_ledgers_of_both_sides(
 @pytest.mark.slow
 def test_an_owner_who_allows_less_is_not_overruled(running: Federation, toy: Path, clients: dict[str, Process]) -> None:
     """It refuses before its data is opened, and the others go on."""
-    with _settings(running, clients, VICTIM, "[consent]", "[consent]\nmax_epsilon = 0.5"):
+    with _settings(running, clients, VICTIM, "\n[consent]\n", "\n[consent]\nmax_epsilon = 0.5\n"):
         before = len(clients[VICTIM].output)
         run = running.submit(plan(toy, 1, 5, minimum=3, protection="secagg", aggregation=UNIFORM, privacy=NOISE))
         (round_,) = result(running.finishes(run))["rounds"]
@@ -255,13 +259,15 @@ def _spent(running: Federation, name: str, run: str) -> list[int]:
 
 
 @contextmanager
-def _held_in_training(client: Process, run: str, number: int) -> Iterator[None]:
-    """Stop the client while it trains, so that the round cannot end, and let it go on."""
-    client.says(f"Run {run}, round {number}: training").send(signal.SIGSTOP)
+def _held_in_training(clients: Sequence[Process], run: str, number: int) -> Iterator[None]:
+    """Stop these clients while they train, so that the round cannot end, and let them go on."""
     try:
+        for client in clients:
+            client.says(f"Run {run}, round {number}: training").send(signal.SIGSTOP)
         yield
     finally:
-        client.send(signal.SIGCONT)
+        for client in clients:
+            client.send(signal.SIGCONT)
 
 
 @contextmanager
@@ -314,13 +320,14 @@ def _trace(toy: Path, sealed: Path, secure: Path) -> tuple[Trace, Words]:
             trainable = start[name].reshape(-1)[stretch] + values[stretch]
             forms = {
                 **floats(values[stretch]),
-                **{f"weighted {form}": raw for form, raw in floats(values[stretch] * weight).items()},
+                "weighted": (values[stretch] * np.float32(trained.examples)).tobytes(),
+                "scaled": (values[stretch] * weight).tobytes(),
                 "trained": trainable.tobytes(),
             }
             for form, raw in forms.items():
                 exact.setdefault(form, []).append(raw)
             words.append(vector[at + stretch.start : at + stretch.stop] & np.uint32(0xFFFFFF))
-        if len(exact.get("packed", ())) < 4:
+        if len(exact.get("packed", ())) < 2:
             exact.setdefault("packed", []).append(high[at : at + 64].tobytes())
         at += values.size
     return Trace({form: tuple(raws) for form, raws in exact.items()}, tuple(words)), vector

@@ -89,7 +89,10 @@ def without(document: dict[str, Any], section: str, key: str) -> dict[str, Any]:
             "no tuning method 'of the future'",
         ),
         (lambda plan: plan | {"tuning": None}, r"tuning: 'kind' \(a string\) is missing"),
-        (lambda plan: plan | {"protection": {"kind": "secagg"}}, "'secagg' is not available in this release"),
+        (lambda plan: plan | {"protection": plan["protection"] | {"kind": None}}, "other keys or defaults"),
+        (lambda plan: without(plan, "protection", "kind"), "other keys or defaults"),
+        (lambda plan: plan | {"protection": {"kind": "secagg"}}, "other keys or defaults"),
+        (lambda plan: plan | {"cohort": plan["cohort"] | {"size": 2}}, "a sum of 2 hides nobody"),
         (lambda plan: without(plan, "training", "rounds"), "'training.rounds' is missing"),
         (lambda plan: [plan], "Plan = "),
         (lambda plan: "plan", "Plan = 'plan'"),
@@ -153,17 +156,156 @@ def test_a_flipped_bit_is_a_plan_error_or_another_plan(data: st.DataObject) -> N
     assert other.digest != plan.digest
 
 
-def test_replies_are_sealed_unless_the_plan_says_otherwise() -> None:
-    assert plans.parse(MINIMAL).protection.kind == "sealed"
-    bare = plans.parse(MINIMAL + '[protection]\nkind = "none"\n')
-    assert bare.protection.kind == "none"
-    assert bare.digest != plans.parse(MINIMAL).digest
+@pytest.mark.parametrize(
+    ("extra", "kind"),
+    [
+        ("", "secagg"),
+        ("[cohort]\nsize = 3\n", "secagg"),
+        ("[cohort]\nsize = 2\n", "sealed"),
+        ("[cohort]\nsize = 1\n", "sealed"),
+        ("[cohort]\nfraction = 0.01\n", "secagg"),
+        ("[protection]\nbits = 8\n", "secagg"),
+        ('[protection]\nkind = "sealed"\n', "sealed"),
+        ('[protection]\nkind = "none"\n', "none"),
+        ('[protection]\nkind = "secagg"\n', "secagg"),
+    ],
+)
+def test_a_plan_that_does_not_say_hides_single_updates_where_it_can(extra: str, kind: str) -> None:
+    plan = plans.parse(MINIMAL + extra)
+    assert plan.protection.kind == kind
+    assert plan.smallest_cohort == (3 if kind == "secagg" else 1)
+    assert restored(plan.canonical()) == plan
+
+
+def test_what_is_said_and_what_follows_have_one_digest() -> None:
+    digests = {plans.parse(MINIMAL + extra).digest for extra in ("", '[protection]\nkind = "secagg"\n')}
+    assert len(digests) == 1
+    for kind in ("sealed", "none"):
+        digests.add(plans.parse(MINIMAL + f'[protection]\nkind = "{kind}"\n').digest)
+    assert len(digests) == 3
+
+
+RULES = {"mean": False, "median": True}
+
+
+def with_rules(extra: str) -> Plan:
+    return plan_module.parse(MINIMAL + extra, methods.registered(), RULES)
+
+
+def test_a_rule_that_must_see_each_update_gets_sealed_replies_and_no_sums() -> None:
+    assert with_rules('[aggregation]\nrule = "median"\n').protection.kind == "sealed"
+    assert with_rules("").protection.kind == "secagg"
+    with pytest.raises(PlanError, match=r"aggregation\.rule = 'median' must see each update.* or kind = \"sealed\""):
+        with_rules('[aggregation]\nrule = "median"\n[protection]\nkind = "secagg"\n')
+
+
+def test_at_a_client_the_rule_is_not_known_and_the_kind_is_as_the_coordinator_resolved_it() -> None:
+    plan = with_rules('[aggregation]\nrule = "median"\n')
+    assert restored(plan.canonical()).protection.kind == "sealed"
+
+
+def test_how_many_must_be_there() -> None:
+    def fewest(extra: str) -> int:
+        return plans.parse(MINIMAL + extra).smallest_cohort
+
+    assert fewest("[cohort]\nminimum = 7\n") == 7
+    assert fewest("[cohort]\nminimum = 2\n") == 3
+    assert fewest('[cohort]\nminimum = 2\n[protection]\nkind = "sealed"\n') == 2
+
+
+def test_the_range_of_values_follows_from_how_far_training_can_go() -> None:
+    def range_of(training: str, extra: str = "") -> float | None:
+        return plans.parse(MINIMAL + training + '[protection]\nkind = "sealed"\n' + extra).value_range
+
+    assert range_of("learning_rate = 0.01\n") == pytest.approx(2 * 0.01 * 2)
+    assert range_of('learning_rate = 0.01\noptimizer = "sgd"\n') == pytest.approx(0.01 * 2)
+    sgd = 'learning_rate = 0.01\noptimizer = "sgd"\nmomentum = 0.9\nmax_grad_norm = 5\n'
+    assert range_of(sgd) == pytest.approx(0.01 * 5 * 2 / 0.1)
+    assert range_of('optimizer = "sgd"\nmax_grad_norm = 0\n') is None
+    assert range_of("", "clip_range = 0.25\n") == 0.25
+    epochs = plans.parse(MINIMAL.replace("steps = 2", "epochs = 2"))
+    assert epochs.value_range == pytest.approx(2 * 1e-3 * 1000)
+
+
+def test_what_ε_does_not_cover_is_measured_only_if_the_plan_says_so() -> None:
+    client = '[aggregation]\nweighting = "uniform"\n[privacy]\nkind = "client"\nnoise_multiplier = 1.0\n'
+    assert plans.parse(MINIMAL).measures
+    assert not plans.parse(MINIMAL + client).measures
+    assert plans.parse(MINIMAL + client + "exact_evaluation = true\n").measures
 
 
 def test_a_plan_cannot_be_changed() -> None:
     plan = plans.parse(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         plan.training.rounds = 9
+
+
+EXAMPLE = 'kind = "example"\nnoise_multiplier = 1\nsampling_rate = 0.1'
+ONE_BY_ONE = "[data]\npacking = false\ntruncate = true\n"
+CLIENT = 'kind = "client"\nnoise_multiplier = 1'
+
+
+def sections(text: str) -> tuple[str, str]:
+    return "[training]", f"{text}\n[training]"
+
+
+PROTECTION_AND_PRIVACY = [
+    (
+        sections('[cohort]\nsize = 2\n[protection]\nkind = "secagg"'),
+        r"protection: a sum of 2 hides nobody: .*3 or more",
+    ),
+    (sections("[evaluation]\nclients = 2"), r"a sum of 2 hides nobody: .*evaluation\.clients to be 3 or more"),
+    (
+        ("steps = 2", 'steps = 2\noptimizer = "sgd"\nmax_grad_norm = 0'),
+        r"how large the values of an update can be: give protection\.clip_range, or training\.max_grad_norm above 0",
+    ),
+    (sections('[protection]\nkind = "open"'), r"protection.kind = 'open' is not one of 'none', 'sealed'"),
+    (sections("[protection]\nbits = 3"), r"protection.bits = 3: .*greater than or equal to 4"),
+    (sections("[protection]\nbits = 25"), r"protection.bits = 25: .*less than or equal to 24"),
+    (sections("[protection]\nweight_limit = 0"), r"protection.weight_limit = 0: "),
+    (sections("[protection]\nclip_range = 0.0"), r"protection.clip_range = 0.0: "),
+    (sections("[protection]\ncorrupt = 0.5"), r"protection.corrupt = 0.5: .*less than 0.5"),
+    (sections("[protection]\ndropouts = -0.1"), r"protection.dropouts = -0.1: "),
+    (sections("[protection]\nsecs = 1"), r"unknown key 'protection.secs'"),
+    (
+        sections("[privacy]\nnoise_multiplier = 1"),
+        r'privacy: the other keys go with kind = "example" or kind = "client"',
+    ),
+    (sections("[privacy]\nsampling_rate = 0.1"), r'privacy: the other keys go with kind = "example"'),
+    (sections("[privacy]\nparticipations = 1"), r'privacy: the other keys go with kind = "example"'),
+    (
+        sections('[privacy]\nkind = "client"'),
+        r"privacy: give how much noise .* 'target_epsilon' or as 'noise_multiplier'",
+    ),
+    (sections(f"[privacy]\n{CLIENT}\ntarget_epsilon = 8"), r"privacy: give how much noise there is"),
+    (sections(f"[privacy]\n{CLIENT}\nsampling_rate = 0.1"), r"privacy: 'sampling_rate' goes with kind = \"example\""),
+    (sections(f"[privacy]\n{CLIENT}"), r'privacy.kind = "client" bounds .* use aggregation.weighting = "uniform"'),
+    (
+        sections(
+            f'[cohort]\nsize = 2\n[aggregation]\nweighting = "uniform"\n[privacy]\n{CLIENT}\nnoise = "distributed"'
+        ),
+        r'privacy.noise = "distributed" hides in a sum: use protection.kind = "secagg"',
+    ),
+    (sections(f"[privacy]\n{EXAMPLE}"), r"each must be one example: use data.packing = false and data.truncate = true"),
+    (sections('[privacy]\nkind = "example"\nnoise_multiplier = 1'), r"privacy: 'sampling_rate' goes with kind"),
+    (sections(f'{ONE_BY_ONE}[privacy]\n{EXAMPLE}\nclipping = "adaptive"'), r"examples get theirs at the client"),
+    (sections(f'{ONE_BY_ONE}[privacy]\n{EXAMPLE}\nnoise = "distributed"'), r"examples get theirs at the client"),
+    (
+        ("steps = 2", f"epochs = 2\n{ONE_BY_ONE}[privacy]\n{EXAMPLE}"),
+        r"counts its steps: use training.steps, not epochs",
+    ),
+    (
+        ("steps = 2", f"steps = 2\ngradient_accumulation = 2\n{ONE_BY_ONE}[privacy]\n{EXAMPLE}"),
+        r"leave training.gradient_accumulation out",
+    ),
+    (
+        sections("[data]\ntruncate = true"),
+        r"data: 'truncate' cuts each record by itself, so it goes with packing = false",
+    ),
+    (sections('[privacy]\npopulation = "a/b"'), r"privacy.population = 'a/b': "),
+    (sections("[privacy]\ndelta = 1.0"), r"privacy.delta = 1.0: "),
+]
+"""What is refused about them, each with its sentence."""
 
 
 @pytest.mark.parametrize(
@@ -196,8 +338,7 @@ def test_a_plan_cannot_be_changed() -> None:
         ),
         (("[training]", "[cohort]\nsize = 2\nover_selection = -0.1\n[training]"), r"cohort.over_selection = -0.1: "),
         (("[training]", "[cohort]\nsize = 2\nover_selection = nan\n[training]"), r"cohort.over_selection = nan: "),
-        (("[training]", '[protection]\nkind = "secagg"\n[training]'), r"protection.kind = 'secagg' is not available"),
-        (("[training]", '[privacy]\nkind = "client"\n[training]'), r"privacy.kind = 'client' is not available"),
+        *PROTECTION_AND_PRIVACY,
         (("[training]", '[delivery]\nkind = "emulator"\n[training]'), r"delivery.kind = 'emulator' is not available"),
         (("[tuning]", 'quantization = "nf4"\n[tuning]'), r"model.quantization = 'nf4' is not available"),
         (("[tuning]", 'task = "sequence-classification"\n[tuning]'), r"'labels' \(how many classes\)"),
