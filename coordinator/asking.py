@@ -31,6 +31,7 @@ class Answers:
     Attributes:
         began: when, in seconds, and `seconds` how long answers are waited for.
         wanted: with how many it is enough; None waits for all.
+        cohort: of how many they are those that are left; None where they are all.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Answers:
     began: float
     seconds: float
     wanted: int | None = None
+    cohort: int | None = None
     waiting: set[str] = field(init=False)
     counted: int = 0
     expired: bool = False
@@ -122,7 +124,8 @@ class Asking:
         answers = self._answers
         for node in answers.nodes:
             work = self._own(node) if self._own else self._work
-            yield Task(answers.run, answers.number, node, answers.plan.digest, work, len(answers.nodes))
+            asked = answers.cohort or len(answers.nodes)
+            yield Task(answers.run, answers.number, node, answers.plan.digest, work, asked)
 
     def lose(self, node: str, reason: str) -> None:
         self._answers.lose(node, reason)

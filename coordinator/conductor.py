@@ -172,10 +172,13 @@ class Conductor:
 
     def _train(self, number: int, last: Checkpoint, present: Sequence[str], traffic: Traffic) -> Aggregate | None:
         plan = self._plan
+        eligible = [node for node in present if takes_part(plan, node, number)]
+        if len(eligible) < plan.smallest_cohort:
+            traffic.note({_ALL: f"it is the turn of {len(eligible)} clients, and it takes {plan.smallest_cohort}"})
+            return None
         if plan.privacy.kind != "none":
             assert self._accounts is not None
             self._accounts.spend(number)
-        eligible = [node for node in present if takes_part(plan, node, number)]
         cohort = sample_cohort(plan, number, eligible)
         wanted = cohort_size(plan, len(eligible)) if plan.cohort.over_selection else None
         norm = last.bounds.clipping_norm

@@ -189,7 +189,7 @@ def print_result(console: Console, result: Result) -> None:
 _PROTECTION = {
     "none": "none: whoever carries an update can read it; for simulations only",
     "sealed": "sealed: the coordinator can read each client's update, and nobody on the way",
-    "secagg": "secagg: nobody can read a client's update; the coordinator learns the sum",
+    "secagg": "secagg: the coordinator learns the sum, and no client's update unless the others work with it",
 }
 
 
@@ -231,7 +231,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     """`coordinator plan check`: the digest, and what the Plan will do, in words."""
     training, cohort, rule = plan.training, plan.cohort, plan.aggregation
     budget = f"{training.steps} steps" if training.steps else f"{training.epochs} epochs"
-    batch = training.batch_size * training.gradient_accumulation
+    batch = f"{training.batch_size * training.gradient_accumulation}"
+    if plan.privacy.sampling_rate is not None:
+        batch = f"{plan.privacy.sampling_rate:.3g} of its"
     asked = (
         f"{cohort.size} clients" if cohort.size
         else f"{cohort.fraction:.0%} of the clients present" if cohort.fraction
@@ -243,7 +245,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     rows = {
         "backbone": f"{plan.model.backbone}, {plan.model.task}, {plan.model.dtype}",
         "tuning": f"{plan.tuning.kind} ({tuning})",
-        "rounds": f"{training.rounds}, each with {asked}, at least {cohort.minimum}",
+        "rounds": f"{training.rounds}, each with {asked}, at least {plan.smallest_cohort}",
         "a client's work": f"{budget} of {batch} examples of at most {plan.data.max_length} tokens, "
         f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}){proximal}",
         "aggregation": f"{rule.rule}, weighted by {rule.weighting}{optimizer}",

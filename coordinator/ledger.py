@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -11,6 +13,7 @@ from rich.console import Console
 from .administration import DEFAULT_HOME, HomeOption, JsonOption, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from farfield.protocols.privacy.accounting import Spent
     from farfield.protocols.privacy.ledger import Budget, Ledger
 
 DELTA: Final = 1e-5
@@ -39,50 +42,44 @@ def ledger(
     else:
         opened = Home.open(home)
         path, budget = opened.path / LEDGER, opened.budget
-    if not path.exists():
-        if as_json:
-            print_json({"ledger": str(path), "head": None, "populations": [], "entries": []})
-        else:
-            say(Console(), "Nothing was spent yet: no run has promised privacy.")
-        return
-    found = Ledger(path)
-    delta = budget.delta if budget else DELTA
+    found = Ledger(path) if path.exists() else None
     if as_json:
-        print_json(_document(found, budget, delta))
+        print_json(_document(path, found, budget))
         return
     console = Console()
+    if found is None:
+        say(console, "Nothing was spent yet: no run has promised privacy.")
+        return
     rows = []
-    for population in found.populations:
-        total = found.total(population, delta)
-        rounds = sum(entry.population == population for entry in found.entries)
-        runs = len({entry.run for entry in found.entries if entry.population == population})
-        limit = "no limit" if budget is None else f"of {budget.epsilon:g}"
-        rows.append([population, f"{total.epsilon:.4g} {limit}", f"{delta:g}", str(rounds), str(runs)])
-    print_table(console, ("POPULATION", "ε SPENT", "δ", "ROUNDS", "RUNS"), rows)
+    limit = "no limit" if budget is None else f"of {budget.epsilon:g}"
+    for population, unit, total in _totals(found, budget):
+        counted = [entry for entry in found.entries if (entry.population, entry.mechanism.unit) == (population, unit)]
+        runs = len({entry.run for entry in counted})
+        spent = f"{total.epsilon:.4g} {limit}"
+        rows.append([population, unit, spent, f"{total.delta:g}", str(len(counted)), str(runs)])
+    print_table(console, ("POPULATION", "FOR ONE", "ε SPENT", "δ", "ROUNDS", "RUNS"), rows)
     say(console, f"\n{len(found.entries)} entries, each bound to the one before; the last is {found.head[:16]}….")
     say(console, f"All of them: {path}")
 
 
-def _document(found: Ledger, budget: Budget | None, delta: float) -> dict[str, Any]:
-    from dataclasses import asdict
+def _totals(found: Ledger, budget: Budget | None) -> Iterator[tuple[str, str, Spent]]:
+    for population in found.populations:
+        for unit in found.units(population):
+            yield population, unit, found.total(population, budget.delta if budget else DELTA, unit)
 
+
+def _document(path: Path, found: Ledger | None, budget: Budget | None) -> dict[str, Any]:
     from farfield.protocols.privacy.mechanism import document
 
     return {
-        "ledger": str(found.path),
-        "head": found.head,
+        "ledger": str(path),
+        "head": found.head if found else None,
         "budget": None if budget is None else asdict(budget),
-        "populations": [{"population": name, **asdict(found.total(name, delta))} for name in found.populations],
+        "populations": [
+            {"population": population, "unit": unit, **asdict(total)}
+            for population, unit, total in (_totals(found, budget) if found else ())
+        ],
         "entries": [
-            {
-                "time": entry.time,
-                "population": entry.population,
-                "run": entry.run,
-                "round": entry.round,
-                "plan": entry.plan,
-                "mechanism": document(entry.mechanism),
-                "note": entry.note,
-            }
-            for entry in found.entries
+            asdict(entry) | {"mechanism": document(entry.mechanism)} for entry in (found.entries if found else ())
         ],
     }

@@ -94,7 +94,7 @@ class SecureRound:
         """
         self._plan, self._run, self._number, self._work = plan, run, number, work
         self._subject, self._session, self._clock = subject, session, clock
-        clients = len(identities)
+        clients = self._asked = len(identities)
         minimum = summing.smallest_sum(plan, clients)
         self._wanted = None if wanted is None else max(wanted, minimum)
         self._layout: Layout = summing.layout(plan, subject, shapes, clients, minimum)
@@ -147,7 +147,8 @@ class SecureRound:
         patient = submits or phase.step is Step.ADVERTISE
         seconds = plan.cohort.round_seconds if patient else min(plan.protection.step_seconds, plan.cohort.round_seconds)
         wanted = self._wanted if submits else None
-        answers = Answers(plan, self._run, self._number, phase.clients, self._clock(), seconds, wanted)
+        now, asked = self._clock(), self._asked
+        answers = Answers(plan, self._run, self._number, phase.clients, now, seconds, wanted, asked)
         common = Secure(phase.step.value, self._session, phase.common, b"")
         if submits:
             common = replace(common, subject=self._subject.encode(), work=self._work)

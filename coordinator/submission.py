@@ -44,7 +44,7 @@ def submit(path: Path, home: Home, store: Store, now: datetime) -> Run:
         raise PlanError(
             "protection.kind = 'none' would let everyone on the way read the updates",
             where=path,
-            hint='A service runs "sealed" Plans; "none" is for simulations.',
+            hint='A service runs "secagg" and "sealed" Plans; "none" is for simulations.',
         )
     if (account := accounts(plan, "", home.path, home.budget)) is not None:
         account.begin(0)

@@ -68,10 +68,10 @@ class Consent(Section):
     min_sum: Annotated[
         int,
         Field(
-            ge=2,
+            ge=3,
             description="The fewest clients, this one included, whose sum may be opened when others have dropped out.",
         ),
-    ] = 2
+    ] = 3
     roster_key: Annotated[
         str,
         Field(

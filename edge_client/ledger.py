@@ -25,7 +25,7 @@ def show(home: Path, console: Console, *, as_json: bool) -> None:
     consent = opened.settings.consent
     found = Ledger(opened.ledger) if opened.ledger.exists() else None
     entries = found.entries if found else ()
-    total = found.total(OWN, consent.delta) if found else None
+    totals = {unit: found.total(OWN, consent.delta, unit) for unit in found.units(OWN)} if found else {}
     if as_json:
         print(
             json.dumps(
@@ -33,18 +33,21 @@ def show(home: Path, console: Console, *, as_json: bool) -> None:
                     "ledger": str(opened.ledger),
                     "head": found.head if found else None,
                     "limit": consent.max_epsilon,
-                    "spent": asdict(total) if total else None,
+                    "spent": {unit: asdict(total) for unit, total in totals.items()},
                     "entries": [asdict(entry) | {"mechanism": document(entry.mechanism)} for entry in entries],
                 },
                 indent=2,
             )
         )
         return
-    if total is None:
+    if not totals:
         console.print("Nothing was spent yet: this machine was in no run that promises privacy.")
         return
     limit = "no limit is set" if consent.max_epsilon is None else f"of the {consent.max_epsilon:g} that you allow"
-    console.print(f"ε = {total.epsilon:.4g} at δ = {total.delta:g} is spent, {limit}.", highlight=False)
+    for unit, total in totals.items():
+        whom = "one record" if unit == "example" else "all of the data"
+        text = f"ε = {total.epsilon:.4g} at δ = {total.delta:g} is spent of the privacy of {whom}, {limit}."
+        console.print(text, highlight=False, soft_wrap=True)
     for run in dict.fromkeys(entry.run for entry in entries):
         rounds = [entry.round for entry in entries if entry.run == run]
         console.print(f"  {run}: {len(rounds)} rounds, the last was {rounds[-1]}", highlight=False, markup=False)

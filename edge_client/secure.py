@@ -23,6 +23,9 @@ from farfield.protocols.secagg import Open, Step, Terms
 from farfield.protocols.summing import Part, Shapes, Subject
 from farfield.protocols.tensors import digest, unpack_state
 
+REMEMBERED: Final = 4096
+"""How many parts that were summed are remembered, with whom, while the process lives."""
+
 KEPT: Final = 8
 """How many aggregations a node takes part in at once; the oldest is given up for another."""
 
@@ -47,8 +50,17 @@ class Ground:
 
 @dataclass(slots=True)
 class _Session:
+    """One session under way.
+
+    Attributes:
+        part: digest of all that this node's part of the sum follows from: the round, and the subject with its Plan.
+        survivors: whose parts the sum has, as the coordinator said.
+    """
+
     state: secagg.State
     opened: Open
+    part: bytes = b""
+    survivors: bytes = b""
 
 
 @dataclass(slots=True)
@@ -62,6 +74,7 @@ class Sessions:
     node: str
     identity: Ed25519PrivateKey = field(repr=False)
     rounding: Callable[[Task], Randomness] = field(default=lambda _: Randomness(), repr=False)
+    _summed: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict, repr=False)
     _open: OrderedDict[bytes, _Session] = field(default_factory=OrderedDict, repr=False)
 
     def answer(self, task: Task, secure: Secure, ground: Ground, work: Work) -> Secured:
@@ -75,7 +88,12 @@ class Sessions:
             if secure.step != session.state.step.value:
                 raise SecAggError(f"the step {secure.step!r}, and this node waits for {session.state.step.value!r}")
             vector = None
+            if session.state.step is Step.CONFIRM:
+                session.survivors = bytes(secure.common)
+            if session.state.step is Step.UNMASK:
+                self._once(session)
             if session.state.step is Step.SUBMIT:
+                session.part = hashlib.sha256(task.round.to_bytes(4, "big") + secure.subject).digest()
                 vector = _vector(task, secure, session.opened, ground, work, self.rounding(task))
             elif secure.work is not None:
                 raise SecAggError(f"work at the step {secure.step!r}")
@@ -89,18 +107,33 @@ class Sessions:
             session.state = following
         return Secured(answer)
 
+    def _once(self, session: _Session) -> None:
+        """Raises SecAggError when this node's part was in a sum before, and in other company.
+
+        Training follows the Plan's seed, so a round that is done again gives the same part, and from two sums whose
+        clients differ in one, that one's part is their difference.
+        """
+        if self._summed.setdefault(session.part, session.survivors) != session.survivors:
+            raise SecAggError(
+                "this part was added to the parts of other clients before, and two such sums tell clients apart",
+                hint="Go on with the next round, or give a new run another training.seed.",
+            )
+        while len(self._summed) > REMEMBERED:
+            self._summed.popitem(last=False)
+
     def dump(self) -> dict[str, list[bytes]]:
         """What is going on, secrets in clear, for `restore` in another process of a simulation. It is used up."""
         dumped = {
-            name.hex(): [secagg.encode_open(one.opened), secagg.dump(one.state)] for name, one in self._open.items()
+            name.hex(): [secagg.encode_open(one.opened), secagg.dump(one.state), one.part, one.survivors]
+            for name, one in self._open.items()
         }
         self._open.clear()
         return dumped
 
     def restore(self, dumped: Mapping[str, Sequence[bytes]], terms: Terms) -> None:
-        for name, (opened, state) in dumped.items():
+        for name, (opened, state, part, survivors) in dumped.items():
             restored = secagg.restore(state, self.node, self.identity, terms, lambda _: None)
-            self._open[bytes.fromhex(name)] = _Session(restored, secagg.decode_open(opened))
+            self._open[bytes.fromhex(name)] = _Session(restored, secagg.decode_open(opened), part, survivors)
 
     def _session(self, task: Task, secure: Secure, ground: Ground) -> _Session:
         if secure.step != Step.ADVERTISE.value:

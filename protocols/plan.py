@@ -355,10 +355,10 @@ class Plan(Settings):
 
     @model_validator(mode="after")
     def _can_be_added_up(self) -> Self:
-        if self.protection.kind == "secagg" and self.evaluation.clients < SMALLEST_SUM:
+        if self.protection.kind == "secagg" and self.evaluation.clients < self.smallest_cohort:
             raise ValueError(
-                f'a sum of {self.evaluation.clients} hides nobody: protection.kind = "secagg" wants '
-                f"evaluation.clients to be {SMALLEST_SUM} or more"
+                f'protection.kind = "secagg" adds up {self.smallest_cohort} clients or more, in evaluations too: '
+                f"evaluation.clients is {self.evaluation.clients}"
             )
         if self.protection.kind == "secagg" and self.value_range is None:
             raise ValueError(
@@ -400,6 +400,8 @@ class Plan(Settings):
     @property
     def value_range(self) -> float | None:
         """Values of an update beyond ± this are clipped before they are masked."""
+        if self.privacy.kind == "example" and self.training.optimizer == "sgd":
+            return self.protection.clip_range  # noise makes its steps longer than any norm says
         return self.protection.clip_range or self.training.update_range
 
     @property

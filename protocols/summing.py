@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from . import codec
 from . import messages_pb2 as pb
 from .errors import MalformedMessage, SecAggError
-from .plan import Plan
+from .plan import SMALLEST_SUM, Plan
 from .privacy import central, distributed
 from .privacy.distributed import Design
 from .privacy.mechanism import ClientMechanism, mechanism
 from .randomness import Randomness
 from .secagg import fixedpoint
+from .secagg.parameters import at_most
 from .tensors import State
 
 Purpose: TypeAlias = Literal["train", "evaluate"]
@@ -164,7 +165,7 @@ class Layout(Protocol):
 
 def smallest_sum(plan: Plan, clients: int) -> int:
     """The fewest of `clients` whose sum is opened; noise in shares is made for this number."""
-    return max(plan.cohort.minimum, 2, -(-2 * clients // 3))
+    return max(plan.cohort.minimum, SMALLEST_SUM, -(-2 * clients // 3))
 
 
 def layout(plan: Plan, subject: Subject, shapes: Shapes, clients: int, survivors: int) -> Layout:
@@ -192,7 +193,7 @@ def layout(plan: Plan, subject: Subject, shapes: Shapes, clients: int, survivors
     size = sum(map(math.prod, shapes.values()))
     mark = marks(made, norm, 1 if made.counted is None else made.counted.copies(size))
     # Those who work together know their own shares of the noise, so it has to be enough without them.
-    honest = max(1, survivors - int(plan.protection.corrupt * clients))
+    honest = max(1, survivors - at_most(plan.protection.corrupt, clients))
     design = distributed.smallest(size + mark.size, clients, honest, made.noise_multiplier)
     return Noised(shapes, design, made.bound(norm), mark)
 

@@ -45,6 +45,8 @@ _LARGEST: Final = 10_000 * _DIGITS
 class Release(ABC):
     """One thing that was let out, as the accountants see it. Values, so that equal ones can be counted."""
 
+    noise_multiplier: float
+
     @abstractmethod
     def event(self) -> DpEvent | None:
         """What `dp_accounting` calls it; None where it knows no such mechanism."""

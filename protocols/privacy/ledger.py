@@ -26,7 +26,7 @@ from typing import Any, Final
 from farfield.protocols.errors import PrivacyError
 
 from .accounting import Release, Spent, spent
-from .mechanism import Mechanism, document, restore
+from .mechanism import Mechanism, Unit, document, restore
 
 _GENESIS: Final = hashlib.sha256(b"farfield privacy ledger 1").hexdigest()
 _ENTRY_KEYS: Final = {"time", "population", "run", "round", "plan", "mechanism", "note", "turn"}
@@ -88,7 +88,7 @@ class Ledger:
         self._broken = False
         self._read, self._head = 0, _GENESIS
         self._entries: list[Entry] = []
-        self._spent: defaultdict[str, Counter[Release]] = defaultdict(Counter)
+        self._spent: defaultdict[tuple[str, Unit], Counter[Release]] = defaultdict(Counter)
         self._turns: defaultdict[tuple[str, str, Release], Counter[int]] = defaultdict(Counter)
         self.refresh()
 
@@ -100,7 +100,11 @@ class Ledger:
     @property
     def populations(self) -> tuple[str, ...]:
         """Whose budget was ever spent, sorted."""
-        return tuple(sorted(self._spent))
+        return tuple(sorted({population for population, _ in self._spent}))
+
+    def units(self, population: str) -> tuple[Unit, ...]:
+        """Which units of `population` anything was spent of."""
+        return tuple(sorted(unit for name, unit in self._spent if name == population))
 
     @property
     def head(self) -> str:
@@ -112,20 +116,31 @@ class Ledger:
         with self._held():
             pass
 
-    def total(self, population: str, delta: float) -> Spent:
-        """What was spent of `population`'s privacy, at `delta`."""
-        return spent(self._spent.get(population, Counter()), delta)
+    def total(self, population: str, delta: float, unit: Unit) -> Spent:
+        """What was spent of the privacy of one `unit` in `population`, at `delta`.
+
+        What protects whole clients protects their examples, too, but at half the noise: an example that changes can
+        turn its client's update from one end of the norm to the other. What protects examples says nothing of clients.
+        """
+        return spent(self._counted(population, unit), delta)
+
+    def _counted(self, population: str, unit: Unit) -> Counter[Release]:
+        counted = Counter(self._spent.get((population, unit), Counter()))
+        if unit == "example":
+            for release, count in self._spent.get((population, "client"), Counter()).items():
+                counted[release.with_noise(release.noise_multiplier / 2)] += count
+        return counted
 
     def forecast(self, population: str, mechanism: Mechanism, rounds: int, budget: Budget) -> Spent:
         """What will have been spent after `rounds` more. Raises PrivacyError when that is more than the `budget`."""
         after = self._after(population, mechanism, rounds, budget.delta)
         if after.epsilon > budget.epsilon:
-            before = self.total(population, budget.delta)
+            before = self.total(population, budget.delta, mechanism.unit)
             affordable = self.remaining(population, mechanism, budget, rounds)
             raise PrivacyError(
                 f"{rounds:,} more {'round' if rounds == 1 else 'rounds'} would bring ε from {before.epsilon:.4g} "
                 f"to {after.epsilon:.4g}, over the budget of {budget.epsilon:.4g} at δ = {budget.delta:g}",
-                where=f"population {population!r}",
+                where=f"one {mechanism.unit} of population {population!r}",
                 hint=f"There is enough left for {affordable:,} of them. Add noise, or ask for fewer rounds.",
             )
         return after
@@ -178,7 +193,7 @@ class Ledger:
         os.fsync(file)
 
     def _after(self, population: str, mechanism: Mechanism, rounds: int, delta: float) -> Spent:
-        counted = Counter(self._spent.get(population, Counter()))
+        counted = self._counted(population, mechanism.unit)
         counted[mechanism.release] += mechanism.releases * rounds
         return spent(counted, delta)
 
@@ -236,7 +251,7 @@ class Ledger:
         entry, self._head = self._checked(line)
         self._read += len(line)
         self._entries.append(entry)
-        self._spent[entry.population][entry.mechanism.release] += self._adds(entry)
+        self._spent[entry.population, entry.mechanism.unit][entry.mechanism.release] += self._adds(entry)
         self._turns[entry.population, entry.run, entry.mechanism.release][entry.turn] += entry.mechanism.releases
 
     def _adds(self, entry: Entry) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -27,6 +27,8 @@ from .clipping import CountedClipping
 if TYPE_CHECKING:
     from farfield.protocols.plan import Plan
 
+Unit: TypeAlias = Literal["example", "client"]
+
 _STRICT: Final = ConfigDict(strict=True, extra="forbid")
 _Made = TypeVar("_Made", bound="Mechanism")
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,7 +37,7 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Mechanism(ABC):
     """One round of a run, as far as its privacy goes."""
 
-    unit: ClassVar[Literal["example", "client"]]
+    unit: ClassVar[Unit]
 
     @property
     @abstractmethod
@@ -57,7 +59,7 @@ class ExampleMechanism(Mechanism):
     public. Gradients are clipped to the L2 norm `clipping_norm`; noise has `noise_multiplier` times that.
     """
 
-    unit: ClassVar[Literal["example", "client"]] = "example"
+    unit: ClassVar[Unit] = "example"
 
     noise_multiplier: _Positive
     clipping_norm: _Positive
@@ -84,7 +86,7 @@ class ClientMechanism(Mechanism):
     `count_noise` (σ_b) it follows the updates, and the count of those within it is part of the same release.
     """
 
-    unit: ClassVar[Literal["example", "client"]] = "client"
+    unit: ClassVar[Unit] = "client"
 
     noise: Literal["central", "distributed"]
     noise_multiplier: _Positive

@@ -72,7 +72,7 @@ def choose(
         raise SecAggError(f"{clients} clients cannot hide from one another in a sum: {FEWEST} are the fewest")
     if not (0 <= corrupt < 1 and 0 <= dropouts < 1):
         raise SecAggError(f"corrupt {corrupt} and dropouts {dropouts} are shares of the clients, from 0 to below 1")
-    bad, silent = _at_most(corrupt, clients), _at_most(dropouts, clients)
+    bad, silent = at_most(corrupt, clients), at_most(dropouts, clients)
     if clients > SMALL and bad + silent * (1 if adversary == "curious" else 2) <= clients * MOST_STATED:
         for degree in _connected(clients, bad + silent, security + 1):
             most_bad = degree - _rarely_below(clients, clients - bad, degree, security + 1)
@@ -90,7 +90,7 @@ def choose(
     return Parameters(clients - 1, threshold)
 
 
-def _at_most(share: float, clients: int) -> int:
+def at_most(share: float, clients: int) -> int:
     # A share such as 0.29 of 100 clients is 28.999… in binary, and 29 are meant.
     return floor(share * clients + 1e-9)
 

@@ -51,7 +51,7 @@ def test_no_value_of_a_clipped_update_is_beyond_its_norm() -> None:
 
 def test_ranges_follow_each_tensors_largest_value() -> None:
     plan = plan_of()
-    update: State = {"a": np.float32([0.01, -0.02, 0]), "b": np.full((2, 2), 1e-3, np.float32)}
+    update: State = {"a": np.array([0.01, -0.02, 0], np.float32), "b": np.full((2, 2), 1e-3, np.float32)}
     after = bounds.following(plan, bounds.first(plan, ADAPTER), aggregate(update))
     assert after.ranges == pytest.approx({"a": HEADROOM * 0.02, "b": HEADROOM * 1e-3})
     again = bounds.following(plan, after, aggregate({"a": 2 * update["a"], "b": update["b"]}))
@@ -61,7 +61,7 @@ def test_ranges_follow_each_tensors_largest_value() -> None:
 def test_a_tensor_that_rests_keeps_its_range() -> None:
     plan = plan_of()
     before = Bounds({"a": 0.1, "b": 0.2})
-    after = bounds.following(plan, before, aggregate({"a": np.float32([0.01, 0, 0])}))
+    after = bounds.following(plan, before, aggregate({"a": np.array([0.01, 0, 0], np.float32)}))
     assert after.ranges == pytest.approx({"a": 0.08, "b": 0.2})
 
 

@@ -11,11 +11,13 @@ from scipy import stats
 
 from farfield.coordinator import plans, releasing
 from farfield.coordinator.aggregation.mean import WeightedMean
+from farfield.coordinator.asking import Verdict
 from farfield.coordinator.releasing import Aggregate, release
-from farfield.coordinator.rounds import TrainingRound, Verdict
+from farfield.coordinator.rounds import TrainingRound
 from farfield.protocols.errors import PrivacyError
 from farfield.protocols.messages import Reply, Trained
 from farfield.protocols.plan import Plan
+from farfield.protocols.privacy import central
 from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism
 from farfield.protocols.randomness import Randomness
 from farfield.protocols.summing import Sum
@@ -51,13 +53,13 @@ def plan_of(extra: str = CLIENT, protection: str = "secagg") -> Plan:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The norm bound of every sum to which noise was added; the noise is the same in every run."""
     bounds: list[float] = []
-    once = releasing.central.noised
+    once = central.noised
 
     def noised(sums: Any, bound: float, *rest: Any, **named: Any) -> Any:
         bounds.append(bound)
         return once(sums, bound, *rest, **named)
 
-    monkeypatch.setattr(releasing.central, "noised", noised)
+    monkeypatch.setattr(central, "noised", noised)
     monkeypatch.setattr(releasing, "Randomness", lambda: Randomness(bytes(32)))
     return bounds
 

@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as hnp
 
 from farfield.coordinator import plans, rounds
 from farfield.coordinator.aggregation.mean import WeightedMean
+from farfield.coordinator.asking import Verdict
 from farfield.coordinator.rounds import (
     EvaluationRound,
     TrainingRound,
-    Verdict,
     cohort_size,
     sample_cohort,
     sample_evaluators,

@@ -256,7 +256,7 @@ def test_an_answer_that_stands_alone_is_not_given_where_sums_are_promised(
 def test_the_owners_limits_hold_for_every_sum(folder: Path) -> None:
     place = Place(folder, **SECAGG)
     for consent, reason in (
-        (Consent(min_sum=3), "3"),
+        (Consent(min_sum=4), "4"),
         (Consent(roster_key="ab" * 32), "without a consortium's roster"),
         (Consent(protections=("sealed",)), "consent.protections"),
     ):

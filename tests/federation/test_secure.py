@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def test_an_owner_who_allows_less_is_not_overruled(running: Federation, toy: Pat
         (round_,) = result(running.finishes(run))["rounds"]
         said = clients[VICTIM].output[before:]
     assert round_["clients"] == 3
-    assert round_["problems"][VICTIM].startswith("refused: on this machine's data")
+    assert round_["problems"][VICTIM].startswith("refused: consent.max_epsilon = 0.5: on this machine's data")
     assert "refused" in said and "backbone" not in said and "training" not in said
     assert [_spent(running, name, run) for name in FOUR] == [[], [1], [1], [1]]
 
@@ -206,35 +206,39 @@ def test_a_plan_over_the_budget_is_not_begun(running: Federation, toy: Path, cli
 def test_a_consortium_adds_up_among_its_own_only(
     running: Federation, toy: Path, clients: dict[str, Process], tmp_path: Path
 ) -> None:
-    """Where the coordinator brings in a node that the consortium does not vouch for, the others refuse to go on."""
-    public = running.command("coordinator", "roster", "key", tmp_path / "key").splitlines()[0]
-    members = tmp_path / "members.json"
+    """Whom it does not vouch for is not asked; and its members refuse a roster that the coordinator signed itself."""
+    members, signed = tmp_path / "members.json", tmp_path / "roster.json"
     running.command("coordinator", "roster", "list", "--home", running.home, "--json", members)
     everybody = json.loads(members.read_text())
+    keys = {
+        whose: running.command("coordinator", "roster", "key", tmp_path / whose).split()[0]
+        for whose in ("consortium", "coordinator")
+    }
     file = plan(toy, 1, 5, minimum=3, protection="secagg")
 
-    def install(who: dict[str, str]) -> str:
+    def install(who: dict[str, str], whose: str) -> str:
         members.write_text(json.dumps(who))
-        signed = tmp_path / "roster.json"
-        running.command("coordinator", "roster", "sign", members, "--key", tmp_path / "key", "--out", signed)
+        running.command("coordinator", "roster", "sign", members, "--key", tmp_path / whose, "--out", signed)
         return running.command("coordinator", "roster", "install", signed, "--home", running.home)
 
-    with (
-        _settings(running, clients, OTHERS[0], 'roster_key = ""', f'roster_key = "{public}"'),
-        _settings(running, clients, OTHERS[1], 'roster_key = ""', f'roster_key = "{public}"'),
-    ):
-        assert VICTIM in install({name: key for name, key in everybody.items() if name != VICTIM})
+    with ExitStack() as stack:
+        for name in OTHERS:
+            asks = f'roster_key = "{keys["consortium"]}"'
+            stack.enter_context(_settings(running, clients, name, 'roster_key = ""', asks))
+        stack.callback((running.home / "roster.json").unlink)
+
+        assert VICTIM in install({name: key for name, key in everybody.items() if name != VICTIM}, "consortium")
+        run = running.submit(file)
+        (round_,) = result(running.finishes(run))["rounds"]
+        assert (round_["clients"], round_["problems"]) == (3, {})
+        assert run not in clients[VICTIM].output
+
+        install(everybody, "coordinator")
         run = running.submit(file)
         eventually(lambda: running.run(run).finished_at is not None, lambda: running.log(run))
         assert "no round counted an update" in running.run(run).detail
-        (round_,) = RunFolder.open(running.run(run).folder).records()[1:]
-        for name in OTHERS:
-            assert "roster" in round_.problems[name], round_.problems
-
-        install(everybody)
-        (round_,) = result(running.finishes(running.submit(file)))["rounds"]
-        assert round_["clients"] == 4
-    (running.home / "roster.json").unlink(missing_ok=True)
+        problems = RunFolder.open(running.run(run).folder).records()[-1].problems
+        assert all("roster" in problems[name] for name in OTHERS), problems
 
 
 @pytest.mark.slow

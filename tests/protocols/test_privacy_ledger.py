@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def test_what_is_spent_is_there_afterwards(tmp_path: Path) -> None:
     again = Ledger(path)
     assert again.entries == ledger.entries and again.head == ledger.head
     assert again.populations == ("clinic-3", "patients")
-    assert again.total("patients", 1e-6) == spent({STRONG.release: 2}, 1e-6)
-    assert again.total("clinic-3", 1e-5) == spent({SampledGaussian(1.0, 0.01): 50}, 1e-5)
-    assert again.total("nobody", 1e-5).epsilon == 0
+    assert again.total("patients", 1e-6, "client") == spent({STRONG.release: 2}, 1e-6)
+    assert again.total("clinic-3", 1e-5, "example") == spent({SampledGaussian(1.0, 0.01): 50}, 1e-5)
+    assert again.total("nobody", 1e-5, "client").epsilon == 0
     assert path.stat().st_mode & 0o777 == 0o600
     assert all(json.loads(line)["entry"]["run"] == "run-7" for line in path.read_text().splitlines())
 
@@ -93,7 +94,7 @@ def test_mechanisms_add_up(tmp_path: Path) -> None:
     ledger.spend(entry(1, mechanism=CENTRAL))
     ledger.spend(entry(2, mechanism=ClientMechanism("central", 8.0, 0.3)))  # another norm, the same ε
     ledger.spend(entry(3, mechanism=ClientMechanism("central", 5.0, 1.0)))
-    assert ledger.total("patients", 1e-5) == spent({Gaussian(8.0): 2, Gaussian(5.0): 1}, 1e-5)
+    assert ledger.total("patients", 1e-5, "client") == spent({Gaussian(8.0): 2, Gaussian(5.0): 1}, 1e-5)
 
 
 def test_a_thousand_entries_are_read_and_added_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_a_thousand_entries_are_read_and_added_up_at_once(tmp_path: Path, monkey
     ledger = Ledger(path)
     for number in range(1000):
         ledger.spend(entry(number))
-    assert Ledger(path).total("patients", 1e-5) == spent({STRONG.release: 1000}, 1e-5)
+    assert Ledger(path).total("patients", 1e-5, "client") == spent({STRONG.release: 1000}, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +366,33 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Ledger(tmp_path / "missing" / "ledger.jsonl")
     with pytest.raises(PrivacyError, match="cannot be opened: Is a directory"):
         Ledger(tmp_path)
+
+
+def test_units_are_counted_apart_and_a_client_covers_its_examples_at_half_the_noise(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    for number in range(3):
+        ledger.spend(entry(number, mechanism=CENTRAL))
+    ledger.spend(entry(4, mechanism=ExampleMechanism(1.0, 1.0, 0.01, 50)))
+    assert ledger.units("patients") == ("client", "example")
+    assert ledger.total("patients", 1e-5, "client") == spent({Gaussian(8.0): 3}, 1e-5)
+    both = spent({Gaussian(4.0): 3, SampledGaussian(1.0, 0.01): 50}, 1e-5)
+    assert Ledger(tmp_path / "ledger").total("patients", 1e-5, "example") == both
+
+
+def test_of_clients_who_take_turns_those_count_who_spent_most(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    for number, turn in enumerate((0, 1, 2, 0, 1), 1):
+        ledger.spend(replace(entry(number, mechanism=CENTRAL), turn=turn))
+    assert ledger.total("patients", 1e-5, "client") == spent({Gaussian(8.0): 2}, 1e-5)
+    ledger.spend(replace(entry(6, mechanism=CENTRAL), run="another", turn=2))  # whose turns nobody can compare
+    assert Ledger(path).total("patients", 1e-5, "client") == spent({Gaussian(8.0): 3}, 1e-5)
+
+
+def test_a_round_of_a_turn_that_spent_less_costs_nothing_more(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    budget = Budget(spent({Gaussian(8.0): 1}, 1e-5).epsilon, 1e-5)
+    for number in range(3):
+        ledger.spend(replace(entry(number, mechanism=CENTRAL), turn=number), budget)
+    with pytest.raises(PrivacyError, match="over the budget"):
+        ledger.spend(replace(entry(4, mechanism=CENTRAL), turn=1), budget)
