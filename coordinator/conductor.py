@@ -119,6 +119,7 @@ class Conductor:
             raise PlanError(f"aggregation.rule = {plan.aggregation.rule!r} must see each update; there are sums only")
         self._rule: SumRule = rule
         self._secure = plan.protection.kind == "secagg"
+        self._first = True
 
     def go(self, initial: State) -> Checkpoint:
         """Do the rounds that are left, each ended by a checkpoint, and return the last.
@@ -238,8 +239,9 @@ class Conductor:
         )
         session = secrets.token_bytes(32)
         secure = SecureRound(
-            plan, self._run, number, work, subject, shapes, identities, session, self._carrier.now, wanted
+            plan, self._run, number, work, subject, shapes, identities, session, self._carrier.now, wanted, self._first
         )
+        self._first = False
         for activity, one in secure.steps():
             self._carrier.carry(one, activity, traffic)
         traffic.note(secure.problems)

@@ -80,6 +80,7 @@ class SecureRound:
         session: bytes,
         clock: Callable[[], float],
         wanted: int | None = None,
+        loading: bool = True,
     ) -> None:
         """
         Args:
@@ -88,12 +89,13 @@ class SecureRound:
             session: 32 bytes that were never used before.
             clock: gives seconds on a clock that does not go backwards.
             wanted: with how many parts it is enough, if others still work; None waits for all.
+            loading: whether some may have to load their backbone first, and so take long for the first step.
 
         Raises:
             SecAggError: so many cannot be added up with the Plan's precision.
         """
         self._plan, self._run, self._number, self._work = plan, run, number, work
-        self._subject, self._session, self._clock = subject, session, clock
+        self._subject, self._session, self._clock, self._loading = subject, session, clock, loading
         clients = self._asked = len(identities)
         minimum = summing.smallest_sum(plan, clients)
         self._wanted = None if wanted is None else max(wanted, minimum)
@@ -143,8 +145,7 @@ class SecureRound:
     def _step(self) -> SecureStep:
         phase, plan = self._phase, self._plan
         submits = phase.step is Step.SUBMIT
-        # At the first step some still load their backbone; the others take no time worth waiting for.
-        patient = submits or phase.step is Step.ADVERTISE
+        patient = submits or (self._loading and phase.step is Step.ADVERTISE)
         seconds = plan.cohort.round_seconds if patient else min(plan.protection.step_seconds, plan.cohort.round_seconds)
         wanted = self._wanted if submits else None
         now, asked = self._clock(), self._asked

@@ -111,8 +111,6 @@ class Participant:
             plan = plans.restore(charter.plan, methods.registered(), where=f"run {task.run}")
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
-            if _trains(task) and self._spending is not None:
-                self._spending.spend(plan, task.run, task.round)
             self._report(task.run, task.round, _activity(task))
             return self._perform(bench, opened)
         except ConsentError as error:
@@ -175,7 +173,12 @@ class Participant:
             ground = Ground(bench.plan, opened.charter.backbone, bench.frozen, own)
             return self._sessions.answer(task, asked, ground, work)
 
-        worker = Worker(self._node, bench, lambda: self._read(bench), on_step, self._kept(opened), secure)
+        def spend(number: int) -> None:
+            if self._spending is not None:
+                self._spending.spend(bench.plan, opened.task.run, number)
+
+        kept = self._kept(opened)
+        worker = Worker(self._node, bench, lambda: self._read(bench), on_step, kept, secure, spend)
         return worker.outcome(opened.task)
 
     def _kept(self, opened: Opened) -> LocalState | None:
@@ -197,10 +200,6 @@ class Participant:
             seed = derive(plan.training.seed, "held-out", self._node)
             self._data = prepare(found, bench.tokenizer, plan.data, plan.model.task, seed, self._source)
         return self._data
-
-
-def _trains(task: Task) -> bool:
-    return isinstance(task.work, Train) or (isinstance(task.work, Secure) and isinstance(task.work.work, Train))
 
 
 def _activity(task: Task) -> str:

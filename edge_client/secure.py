@@ -53,7 +53,7 @@ class _Session:
     """One session under way.
 
     Attributes:
-        part: digest of all that this node's part of the sum follows from: the round, and the subject with its Plan.
+        part: digest of what this node's part of the sum follows from, whatever else the coordinator chooses.
         survivors: whose parts the sum has, as the coordinator said.
     """
 
@@ -93,8 +93,8 @@ class Sessions:
             if session.state.step is Step.UNMASK:
                 self._once(session)
             if session.state.step is Step.SUBMIT:
-                session.part = hashlib.sha256(task.round.to_bytes(4, "big") + secure.subject).digest()
                 vector = _vector(task, secure, session.opened, ground, work, self.rounding(task))
+                session.part = _part(task, secure)
             elif secure.work is not None:
                 raise SecAggError(f"work at the step {secure.step!r}")
             following, answer = session.state.answer(bytes(secure.common), secure.own, vector)
@@ -153,6 +153,13 @@ class Sessions:
         while len(self._open) > KEPT:
             self._open.popitem(last=False)
         return session
+
+
+def _part(task: Task, secure: Secure) -> bytes:
+    """What the part follows from: Plan and adapter, and for training the round. Ranges and norms only scale it."""
+    subject = Subject.decode(secure.subject)
+    trains = task.round.to_bytes(4, "big") if subject.purpose == "train" else b""
+    return hashlib.sha256(subject.plan + subject.adapter + subject.purpose.encode() + trains).digest()
 
 
 def _vector(task: Task, secure: Secure, opened: Open, ground: Ground, work: Work, random: Randomness) -> summing.Words:

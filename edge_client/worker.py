@@ -29,6 +29,7 @@ class Worker:
     Attributes:
         data: gives the client's examples; called for each task, so that what is not in use need not be in memory.
         kept: where the client keeps its own part of the adapter, for methods that leave it one.
+        spend: is told a round before the data are opened to train for it; raises where their owner's limit forbids it.
         secure: takes the client's step in a secure aggregation, and calls back where work is to be done for it.
     """
 
@@ -38,6 +39,7 @@ class Worker:
     on_step: Callable[[float], None] | None = None
     kept: LocalState | None = None
     secure: Callable[[Task, Secure, Work], Secured] | None = None
+    spend: Callable[[int], None] | None = None
 
     def perform(self, task: Task) -> Reply:
         """Do what the task says. Whatever the data, the Plan or the task make impossible becomes a `Failed` reply."""
@@ -84,6 +86,8 @@ class Worker:
         plan, bench = self.bench.plan, self.bench
         if task.round < 1 or not takes_part(plan, self.node, task.round):
             raise PlanError(f"round {task.round} is not this client's turn, by the Plan's privacy.participations")
+        if self.spend is not None:
+            self.spend(task.round)
         examples = self.data().train
         shared, own = unpack_state(work.adapter), self._own(task.round - 1)
         bench.load(shared, own)

@@ -241,7 +241,10 @@ class FixedPoint:
         for name in sorted(self._shapes):
             values = part.update[name].reshape(-1)
             out = words[at : at + values.size]
-            fixedpoint.encode(values * scale, self._ranges[name], self._levels, out, random)
+            if not np.isfinite(values).all():
+                raise SecAggError("an update with values that are not finite: training diverged", where=name)
+            within = np.clip(values, -self._ranges[name], self._ranges[name]) * scale
+            fixedpoint.encode(within, self._ranges[name], self._levels, out, random)
             at += values.size
         if self._mark.size:
             mark = -self._mark if part.clipped else self._mark

@@ -210,7 +210,8 @@ def test_the_ledger_for_a_person(home: Home, command: Command) -> None:
     rows = [line.split() for line in ended.out.splitlines() if line.startswith(("hospitals", "schools"))]
     totals = Ledger(home.path / LEDGER)
     for row, rounds in zip(rows, ("2", "1"), strict=True):
-        assert float(row[2]) == pytest.approx(totals.total(row[0], 1e-5, row[1]).epsilon, rel=1e-3)
+        assert row[1] == "client"
+        assert float(row[2]) == pytest.approx(totals.total(row[0], 1e-5, "client").epsilon, rel=1e-3)
         assert row[3:] == ["of", f"{budget.epsilon:g}", "1e-05", rounds, "1"]
     assert f"3 entries, each bound to the one before; the last is {totals.head[:16]}…" in ended.out
 
@@ -220,7 +221,10 @@ def test_the_ledger_for_a_machine(home: Home, command: Command) -> None:
     told = json.loads(command("ledger", "--json").out)
     totals = Ledger(home.path / LEDGER)
     assert told["head"] == totals.head
-    assert [one["population"] for one in told["populations"]] == ["hospitals", "schools"]
+    assert [(one["population"], one["unit"]) for one in told["populations"]] == [
+        ("hospitals", "client"),
+        ("schools", "client"),
+    ]
     assert told["populations"][0]["epsilon"] == totals.total("hospitals", 1e-5, "client").epsilon
     assert [(one["run"], one["round"]) for one in told["entries"]] == [
         ("run-of-hospitals", 1),

@@ -67,8 +67,11 @@ def test_a_home_opens_as_it_was_made(made: Home) -> None:
 
 
 def test_every_setting_is_in_the_file_with_its_default(made: Home) -> None:
-    document = tomllib.loads((made.path / "coordinator.toml").read_text())
+    """One that limits nothing by default stands there as a comment."""
+    text = (made.path / "coordinator.toml").read_text()
+    document = tomllib.loads(text.replace("# max_epsilon = ", "max_epsilon = "))
     sections = {name: type(section).model_fields for name, section in made.settings}
+    assert tomllib.loads(text)["privacy"] == {"delta": 1e-5}
     assert {name: list(keys) for name, keys in document.items()} == {
         name: list(keys) for name, keys in sections.items()
     }
@@ -210,7 +213,11 @@ MISTAKES = {
     "unknown section": ("[runs]", "[run]", "unknown key 'run'. Did you mean 'runs'?"),
     "unknown key": ("parallel = 1", "paralel = 1", "unknown key 'runs.paralel'. Did you mean 'parallel'?"),
     "misspelled key": ("calls_per_peer", "call_per_peer", "'limits.call_per_peer'. Did you mean 'calls_per_peer'?"),
-    "top level": ("[service]", "x = 1\n[service]", "unknown key 'x'. Known are: database, limits, runs, service."),
+    "top level": (
+        "[service]",
+        "x = 1\n[service]",
+        "unknown key 'x'. Known are: database, limits, privacy, runs, service.",
+    ),
     "missing": ('hostnames = ["coordinator.example"]', "", "'service.hostnames' is missing"),
     "no hostname": ('["coordinator.example"]', "[]", "service.hostnames = []: "),
     "odd hostname": ("coordinator.example", "https://x", "'https://x' is neither the name nor the IP address"),

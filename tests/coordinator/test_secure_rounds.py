@@ -554,3 +554,20 @@ def test_secrets_are_not_shown() -> None:
     shown = repr(clients.sessions["ann"])
     assert "_open" not in shown
     assert "identity" not in shown
+
+
+@pytest.mark.parametrize("kind", [Train, Evaluate])
+def test_no_part_is_in_two_sums_of_different_company(kind: type[Train] | type[Evaluate]) -> None:
+    """Whoever has both knows what one more client added, whatever else was chosen otherwise the second time."""
+    clients, asked = Clients(plan_of(), work), kind(pack_state(ADAPTER, "float32"))
+    first = opened(clients, asked=asked, session=bytes(32))
+    carry(first, honest(clients))
+    assert first.sum is not None
+    changes: dict[str, Any] = {"ranges": (1.0, 1.0000001)} if kind is Train else {}
+    other = opened(clients, asked=asked, session=bytes([1]) * 32, subject=subject_of(clients, asked, **changes))
+    carry(other, honest(clients, {Step.SUBMIT: {NODES[-1]}}))
+    assert other.sum is None
+    assert any("tell clients apart" in problem for problem in other.problems.values())
+    again = opened(clients, asked=asked, session=bytes([2]) * 32)
+    carry(again, honest(clients))
+    assert again.sum is not None, "the same sum again tells nobody anything new"

@@ -13,6 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from dockerfile import Dockerfile
 
@@ -74,7 +76,11 @@ def test_an_edge_client_is_healthy_while_its_process_lives(tmp_path: Path, progr
         node=edge.NodeSettings(name="edge-1"),
         data=edge.DataSettings(path="/data"),
     )
-    home = edge.Home.create(path, settings, edge.Keys(certificate, certificate, private, private, private, private))
+    signing, sealing = (
+        one.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        for one in (Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+    )
+    home = edge.Home.create(path, settings, edge.Keys(certificate, certificate, private, private, signing, sealing))
     assert not healthy("edge-client", path, programs), "no process works here"
     with home.held():
         assert healthy("edge-client", path, programs)

@@ -106,9 +106,9 @@ CROSSED: dict[str, tuple[dict[str, Any], Request, str]] = {
     "min_cohort": ({"min_cohort": 4}, REQUEST, "consent.min_cohort = 4: run 'r1' asks 3 clients in this round"),
     "cohort of one": ({}, replace(REQUEST, cohort=1), "consent.min_cohort = 3: run 'r1' asks one client in this round"),
     "min_sum": (
-        {"min_sum": 3, "protections": ("secagg",)},
+        {"min_sum": 4, "protections": ("secagg",)},
         SUMS,
-        "consent.min_sum = 3: run 'r1' may open the sum of 2 clients in this round",
+        "consent.min_sum = 4: run 'r1' may open the sum of 3 clients in this round",
     ),
     "roster_key": (
         {"roster_key": CONSORTIUMS_KEY},
@@ -175,7 +175,7 @@ def test_steps_and_epochs_have_limits_of_their_own() -> None:
 
 
 def test_a_sum_may_be_as_small_as_the_owner_says() -> None:
-    check(Consent(min_sum=2), SUMS, NOON)
+    check(Consent(min_sum=3), SUMS, NOON)
     check(Consent(min_sum=20), replace(SUMS, cohort=30), NOON)
     assert "the sum of 20 clients" in refusal(Consent(min_sum=21), replace(SUMS, cohort=30))
     check(Consent(min_sum=20), REQUEST, NOON)  # it opens no sum: the coordinator reads each update
@@ -233,7 +233,7 @@ def test_a_span_and_its_complement_share_no_minute_and_leave_none_out(begin: Any
         {"hours": "06:00-06:00"}, {"hours": "22:00-06:00\n"}, {"hours": "22:00-0\u0666:00"}, {"min_cohort": 0},
         {"max_rounds": "9"}, {"max_steps": 0}, {"max_epochs": True}, {"max_memory_bytes": 1.5},
         {"backbones": ("abc",)}, {"methods": "lora"}, {"protections": ()}, {"protections": ("open",)},
-        {"max_rouds": 1}, {"min_sum": 1}, {"roster_key": "ab"}, {"roster_key": "AB" * 32}, {"roster_key": None},
+        {"max_rouds": 1}, {"min_sum": 2}, {"roster_key": "ab"}, {"roster_key": "AB" * 32}, {"roster_key": None},
         {"roster_key": "ab" * 32 + "\n"}, {"max_epsilon": 0.0}, {"max_epsilon": float("inf")}, {"max_epsilon": "8"},
         {"delta": 0.0}, {"delta": 1.0},
     ],
@@ -257,7 +257,7 @@ def test_with_a_consortiums_key_its_roster_says_who_the_peers_are() -> None:
 
 @pytest.mark.parametrize("roster", [b"", ROSTER, b"anything"])
 def test_without_one_a_roster_says_nothing(roster: bytes) -> None:
-    assert terms(Consent(), roster, NOW) == Terms(1, 2, None)
+    assert terms(Consent(), roster, NOW) == Terms(1, 3, None)
 
 
 def test_a_run_without_a_roster_is_refused_by_who_asks_for_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from tiny import plan_text, write_backbone, write_clients
 from farfield.coordinator.rounds import trained_shapes
 from farfield.coordinator.secure_rounds import SecureRound
 from farfield.edge_client.consent import Consent
+from farfield.edge_client.data import Example
 from farfield.edge_client.participant import Participant
+from farfield.edge_client.train import Outcome
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
@@ -45,7 +48,7 @@ from farfield.protocols.privacy.ledger import Ledger
 from farfield.protocols.privacy.mechanism import promised
 from farfield.protocols.secagg import Step
 from farfield.protocols.summing import Part, Subject
-from farfield.protocols.tensors import digest, pack_state, unpack_state
+from farfield.protocols.tensors import State, digest, pack_state, unpack_state
 
 ANN = Identity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
 SIGNER = Signer(Ed25519PrivateKey.generate(), b"certificate")
@@ -279,13 +282,13 @@ def test_a_round_is_written_down_before_it_is_trained(
     place = Place(folder, **CLIENT)
     ledger = tmp_path / "ledger.jsonl"
     rounds: list[list[int]] = []
-    trained = Worker._trained
+    locally = Worker._locally
 
-    def noted(self: Worker, task: Task, work: Train) -> Part:
+    def noted(self: Worker, task: Task, start: State, examples: Sequence[Example]) -> Outcome:
         rounds.append([entry.round for entry in Ledger(ledger).entries])
-        return trained(self, task, work)
+        return locally(self, task, start, examples)
 
-    monkeypatch.setattr(Worker, "_trained", noted)
+    monkeypatch.setattr(Worker, "_locally", noted)
     ann = place.participant(ledger=ledger)
     assert isinstance(place.ask(ann, Train(place.adapter, 1.0)), Trained)
     assert isinstance(place.ask(ann, Train(place.adapter), number=2), Failed)  # without a norm

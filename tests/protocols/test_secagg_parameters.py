@@ -129,4 +129,4 @@ def test_a_degree_in_the_thousands_is_found_in_seconds() -> None:
 
 def test_a_share_means_the_number_that_people_mean() -> None:
     assert 0.29 * 100 < 29
-    assert parameters._at_most(0.29, 100) == 29
+    assert parameters.at_most(0.29, 100) == 29
