@@ -21,7 +21,7 @@ from farfield.coordinator.secure_rounds import SecureRound
 from farfield.edge_client.consent import Consent
 from farfield.edge_client.data import Example
 from farfield.edge_client.participant import Participant
-from farfield.edge_client.train import Outcome
+from farfield.edge_client.train import Outcome as Done
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
@@ -284,7 +284,7 @@ def test_a_round_is_written_down_before_it_is_trained(
     rounds: list[list[int]] = []
     locally = Worker._locally
 
-    def noted(self: Worker, task: Task, start: State, examples: Sequence[Example]) -> Outcome:
+    def noted(self: Worker, task: Task, start: State, examples: Sequence[Example]) -> Done:
         rounds.append([entry.round for entry in Ledger(ledger).entries])
         return locally(self, task, start, examples)
 

@@ -35,7 +35,7 @@ from farfield.protocols.errors import (
     UnknownVersion,
     WireError,
 )
-from farfield.protocols.messages import Evaluate, Evaluated, Failed, Outcome, Refused, Reply, Task, Train, Trained
+from farfield.protocols.messages import Evaluate, Evaluated, Failed, Outcome, Refused, Reply, Task, Train, Trained, Work
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.tensors import pack
 
@@ -76,7 +76,7 @@ def desk_of(
     charter: pb.SignedCharter = SIGNED,
     signer: Signer = SIGNER,
     *,
-    work: Train | Evaluate = TASK.work,
+    work: Work = TASK.work,
     expires: float = EXPIRES,
     sealed: bool = True,
 ) -> Desk:
