@@ -306,7 +306,7 @@ STEPS = ["agreeing on keys", "sharing keys", "{}", "confirming who is there", "u
 @pytest.mark.parametrize("server", ["none", "momentum", "adam"])
 def test_a_secure_run_comes_to_what_a_sealed_one_does(server: str) -> None:
     """Within a level of the fixed point, and with the same losses, clients and steps in its records."""
-    extra = f'[aggregation]\nserver_optimizer = "{server}"\n[protection]\n'
+    extra = f'[aggregation]\nserver_optimizer = "{server}"\n[protection]\nclip_range = 2.0\n'
     plan = secure_plan(extra)
     assert plan.protection.kind == "secagg"
     _, sealed = conduct(secure_plan(extra + 'kind = "sealed"\n'))
@@ -327,7 +327,7 @@ def test_a_secure_run_comes_to_what_a_sealed_one_does(server: str) -> None:
 def test_ranges_follow_the_sums_from_round_to_round() -> None:
     plan = secure_plan()
     _, shelf = conduct(plan, vault(plan, lambda task, asked: replace_update(added(task, asked), 1e-4)))
-    assert [one.bounds.ranges["a"] for one in shelf.saved] == pytest.approx([0.002, 8e-4, 8e-4, 8e-4], rel=0.01)
+    assert [one.bounds.ranges["a"] for one in shelf.saved] == pytest.approx([0.002, 8e-4, 8e-4, 8e-4], rel=0.1)
 
 
 def replace_update(part: Part, value: float) -> Part:

@@ -36,6 +36,7 @@ def running(tmp_path: Path, toy: Path) -> Iterator[Federation]:
         yield made
 
 
+@pytest.mark.slow
 def test_the_service_the_superlink_and_the_serverapp_may_die_in_any_phase(running: Federation, toy: Path) -> None:
     """Each of the three is killed in another phase of a round, and the end is that of a run that nothing befell."""
     for name in CLIENTS:
@@ -165,6 +166,7 @@ def test_a_line_that_is_cut_for_half_a_minute(running: Federation, toy: Path) ->
     equal(RunFolder.open(done.folder), simulated(toy, 3, 60))
 
 
+@pytest.mark.slow
 def test_clocks_that_disagree(running: Federation, toy: Path, tmp_path: Path) -> None:
     """A client goes by the coordinator's clock, and tells its owner how wrong its own is."""
     shim = _clock(tmp_path)

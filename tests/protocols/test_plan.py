@@ -254,7 +254,7 @@ PROTECTION_AND_PRIVACY = [
         sections('[cohort]\nsize = 2\n[protection]\nkind = "secagg"'),
         r"protection: a sum of 2 hides nobody: .*3 or more",
     ),
-    (sections("[evaluation]\nclients = 2"), r"a sum of 2 hides nobody: .*evaluation\.clients to be 3 or more"),
+    (sections("[evaluation]\nclients = 2"), r"adds up 3 clients or more, in evaluations too: evaluation\.clients is 2"),
     (
         ("steps = 2", 'steps = 2\noptimizer = "sgd"\nmax_grad_norm = 0'),
         r"how large the values of an update can be: give protection\.clip_range, or training\.max_grad_norm above 0",
