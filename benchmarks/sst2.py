@@ -81,7 +81,7 @@ FFA = changed(SECURE, tuning={"freeze_a": True, "dropout": 0.0})
 MANY = changed(
     SECURE,
     tuning={"kind": "fed-sb", "rank": 4, "alpha": None, "dropout": 0.0},
-    training={"rounds": 5, "steps": 4, "batch_size": 16, "learning_rate": 3e-2, "schedule": "constant"},
+    training={"rounds": 5, "steps": 6, "batch_size": 16, "learning_rate": 2e-2, "schedule": "constant"},
     cohort={"size": 100, "fraction": None},
     aggregation={"weighting": "uniform"},
     evaluation={"every": 5, "clients": 20},

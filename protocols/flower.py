@@ -1,19 +1,24 @@
 """Parcels as the content of Flower messages, and back. The only thing that both sides must know about Flower.
 
 A frame is an array of bytes: Flower cuts arrays into objects that are addressed by content, so the body that all tasks
-of a round share is stored and sent to the SuperLink once. (Bytes in a ConfigRecord are not cut.)
+of a round share is stored and sent to the SuperLink once. Bytes in a ConfigRecord are not cut, and each object has its
+own calls in both directions: so a small parcel, as the steps of a secure aggregation are, is one record and no more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from .errors import MalformedMessage
 from .parcel import Parcel
 
-_HEAD, _BODY, _STYPE = "head", "body", "farfield.frame"
+SMALL_BYTES: Final = 1 << 16
+"""A parcel up to this size travels as one record."""
+
+_HEAD, _BODY, _FRAMES, _STYPE = "head", "body", "frames", "farfield.frame"
 
 
 def body_record(frames: Sequence[bytes]) -> ArrayRecord:
@@ -23,6 +28,8 @@ def body_record(frames: Sequence[bytes]) -> ArrayRecord:
 
 def to_record(parcel: Parcel, body: ArrayRecord | None = None) -> RecordDict:
     """The content of a message that carries `parcel`. `body`: `body_record(parcel.frames)`, if it is there."""
+    if parcel.size <= SMALL_BYTES:
+        return RecordDict({_HEAD: ConfigRecord({_HEAD: parcel.head, _FRAMES: list(parcel.frames)})})
     head = ConfigRecord({_HEAD: parcel.head})
     return RecordDict({_HEAD: head, _BODY: body_record(parcel.frames) if body is None else body})
 
@@ -34,6 +41,8 @@ def from_record(record: RecordDict) -> Parcel:
         MalformedMessage: the content is something else.
     """
     heads, bodies = record.config_records, record.array_records
+    if set(record) == {_HEAD} and set(heads) == {_HEAD}:
+        return _small(heads[_HEAD])
     if set(record) != {_HEAD, _BODY} or set(heads) != {_HEAD} or set(bodies) != {_BODY}:
         raise MalformedMessage("a Flower message that Farfield did not write")
     head = heads[_HEAD].get(_HEAD)
@@ -42,3 +51,13 @@ def from_record(record: RecordDict) -> Parcel:
         raise MalformedMessage("a Flower message that Farfield did not write")
     frames = [arrays.pop(name).data for name in sorted(arrays)]
     return Parcel(head, frames)
+
+
+def _small(record: ConfigRecord) -> Parcel:
+    head, frames = record.get(_HEAD), record.get(_FRAMES)
+    if set(record) != {_HEAD, _FRAMES} or not isinstance(head, bytes) or not isinstance(frames, list):
+        raise MalformedMessage("a Flower message that Farfield did not write")
+    whole = [frame for frame in frames if isinstance(frame, bytes)]
+    if len(whole) != len(frames):
+        raise MalformedMessage("a Flower message that Farfield did not write")
+    return Parcel(head, whole)

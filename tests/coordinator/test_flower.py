@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -27,6 +27,7 @@ from farfield.coordinator.rounds import EvaluationRound, TrainingRound
 from farfield.coordinator.runs import Checkpoint, RoundRecord, RunFolder, RunInfo
 from farfield.coordinator.server_optimizer import Moments
 from farfield.coordinator.storage import Node, Run, RunState, Store
+from farfield.protocols import flower as carried
 from farfield.protocols import parcel
 from farfield.protocols.envelope import Charter, Identity, Opened, Signer, close_reply, open_task
 from farfield.protocols.errors import RunError, StorageError
@@ -111,12 +112,10 @@ class Office:
 
 def opened(asked: Message, node: str) -> Opened:
     """The task in the message, which stays as it is."""
-    head, body = asked.content["head"], asked.content["body"]
-    assert isinstance(head, ConfigRecord)
-    assert isinstance(body, ArrayRecord)
+    head = asked.content.config_records["head"]
     raw = head["head"]
     assert isinstance(raw, bytes)
-    came = Parcel(raw, [body[name].data for name in sorted(body)])
+    came = Parcel(raw, frames_of(asked))
     return open_task(came, node, lambda _: SIGNER.key.public_key(), KEYS[node].sealing, time.time())
 
 
@@ -275,8 +274,11 @@ def test_replies_are_counted_and_are_the_weighted_mean(scene: Scene) -> None:
 
 
 def frames_of(message: Message) -> list[bytes]:
-    (body,) = message.content.array_records.values()
-    return [array.data for array in body.values()]
+    for body in message.content.array_records.values():
+        return [array.data for array in body.values()]
+    frames = message.content.config_records["head"]["frames"]
+    assert isinstance(frames, list)
+    return [frame for frame in frames if isinstance(frame, bytes)]
 
 
 def test_an_evaluation_travels_as_one(scene: Scene) -> None:
@@ -290,6 +292,7 @@ def test_an_evaluation_travels_as_one(scene: Scene) -> None:
 
 def test_all_messages_of_a_round_share_their_frames(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parcel, "FRAME_BYTES", 8)
+    monkeypatch.setattr(carried, "SMALL_BYTES", 0)
     scene.carry(scene.training(), scene.time_is_up)
     bodies = [message.content["body"] for message in scene.office.sent.values()]
     assert len(bodies) == len(NODES)
