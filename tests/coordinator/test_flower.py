@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from farfield.coordinator.storage import Node, Run, RunState, Store
 from farfield.protocols import flower as carried
 from farfield.protocols import parcel
 from farfield.protocols.envelope import Charter, Identity, Opened, Signer, close_reply, open_task
-from farfield.protocols.errors import RunError, StorageError
+from farfield.protocols.errors import MalformedMessage, RunError, StorageError
 from farfield.protocols.flower import to_record
 from farfield.protocols.messages import Evaluated, Failed, Outcome, Reply, Trained
 from farfield.protocols.parcel import Parcel
@@ -839,3 +840,19 @@ def test_going_on_with_a_full_database_waits_for_room(
     monkeypatch.setattr(store, "add_round", failing(2, StorageError("disk is full"), store.add_round))
     assert _Journal(folder, store, _DatabaseRoll(store, "run")).resume() is not None
     assert [record.round for record in store.rounds("run")] == [0]
+
+
+@pytest.mark.parametrize("size", [0, carried.SMALL_BYTES // 2, carried.SMALL_BYTES + 1])
+def test_a_parcel_of_any_size_comes_out_as_it_went_in(size: int) -> None:
+    sent = Parcel(b"head", [bytes(size), b"the end"])
+    record = to_record(sent)
+    assert ("body" in record) == (size > carried.SMALL_BYTES)
+    assert carried.from_record(record) == Parcel(b"head", [bytes(size), b"the end"])
+
+
+@pytest.mark.parametrize(
+    "small", [{"head": b"x"}, {"head": "x", "frames": [b""]}, {"head": b"x", "frames": ["y"]}, {"frames": [b"y"]}]
+)
+def test_a_small_record_of_another_form_is_no_parcel(small: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage):
+        carried.from_record(RecordDict({"head": ConfigRecord(small)}))
