@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench bench-federation bench-secagg protos clean
+.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench      the benchmark on SST-2; BENCH_ARGS are passed on"
 	@echo "make bench-federation  round latency, download of bundles, memory of aggregation"
 	@echo "make bench-secagg  secure aggregation beside Flower's SecAgg+"
+	@echo "make bench-privacy  a step of DP-SGD beside those of Opacus"
 	@echo "make format     reformat the code"
 	@echo "make protos     generate the code for protocols/*.proto"
 
@@ -72,6 +73,9 @@ bench-federation: .venv/product
 
 bench-secagg: .venv/product
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/secure_aggregation.py
+
+bench-privacy: .venv/product
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dp_sgd.py
 
 protos: .venv/dev
 	mkdir -p build/protos
