@@ -76,7 +76,8 @@ def changed(sections: Sections, **changes: Mapping[str, Any]) -> Sections:
     return {name: {**sections.get(name, {}), **changes.get(name, {})} for name in {**sections, **changes}}
 
 
-SECURE = changed(LORA, protection={"kind": "secagg"})
+# As many examples as any client holds, so that each weighs what it does in the sealed run.
+SECURE = changed(LORA, protection={"kind": "secagg", "weight_limit": 32_768})
 FFA = changed(SECURE, tuning={"freeze_a": True, "dropout": 0.0})
 MANY = changed(
     SECURE,
