@@ -81,7 +81,7 @@ SECURE = changed(LORA, protection={"kind": "secagg", "weight_limit": 32_768})
 FEW = changed(
     SECURE,
     tuning={"kind": "fed-sb", "rank": 8, "alpha": None, "dropout": 0.0},
-    training={"learning_rate": 3e-3},
+    training={"steps": 2, "learning_rate": 2e-2},
 )
 MANY = changed(
     SECURE,
@@ -94,7 +94,7 @@ MANY = changed(
 
 
 def by_example(epsilon: float) -> Sections:
-    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.008, "clipping_norm": 0.5}
+    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.03, "clipping_norm": 0.5}
     return changed(FEW, privacy=privacy | {"delta": DELTA, "exact_evaluation": True})
 
 
