@@ -11,7 +11,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -23,9 +22,13 @@ from rich.console import Console
 
 from farfield.protocols.errors import DataError, EnrolmentError, FarfieldError, HomeError, ServiceError, did_you_mean
 
-from . import home as homes
 from .consent import PROGRAM_BYTES, Consent
-from .home import Home, State
+from .home import Home, enrolled, forget
+from .keys import KEYS
+from .lock import held
+from .resident_state import State
+from .settings import SETTINGS, toml
+from .sources import records
 
 app = typer.Typer(
     help="Farfield's edge client: trains models on data that stays on this machine.",
@@ -72,7 +75,7 @@ def join(
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
-    console.print(f"Enrolled. Settings and consent: {home / homes.SETTINGS}")
+    console.print(f"Enrolled. Settings and consent: {home / SETTINGS}")
     if no_start:
         console.print(f"Take part with: {_command('start', home)}")
     else:
@@ -98,9 +101,6 @@ def status(
     signing = keys.signing_key().public_key().public_bytes_raw()
     used = _cache_bytes(opened)
     if as_json:
-        known = (
-            asdict(state) | {"since": state.since.isoformat(), "updated": state.updated.isoformat()} if state else {}
-        )
         document = {
             "home": str(opened.path),
             "node": settings.node.name,
@@ -109,7 +109,7 @@ def status(
             "data": settings.data.path,
             "running": holder is not None,
             "pid": holder or None,
-            "state": known or None,
+            "state": state.document() if state else None,
             "certificate_until": until.isoformat(),
             "cache_bytes": used,
             "cache_max_bytes": settings.cache.max_bytes,
@@ -154,17 +154,17 @@ def leave(
 ) -> None:
     """Withdraw this node from its federation, and remove its keys and its cache."""
     path, console = _place(home), _console()
-    if not homes.enrolled(path):
+    if not enrolled(path):
         raise HomeError("no edge client has enrolled here", where=path, hint="There is nothing to leave.")
     if not yes:
         _confirm(f"Remove keys and cache of {path}? The node cannot come back under its name.")
-    with homes.held(path):
+    with held(path):
         told = _withdraw(path, force)
-        homes.forget(path)
+        forget(path)
     console.print(
         "Left." if told else "Forgotten here. If the coordinator still counts the node, have it revoked there."
     )
-    console.print(f"Your settings, with the consent, stay in {path / homes.SETTINGS}")
+    console.print(f"Your settings, with the consent, stay in {path / SETTINGS}")
 
 
 @app.command()
@@ -351,7 +351,7 @@ def _check_keys(home: Home) -> str:
     name, authority = home.settings.node.name, keys.authority_certificate()
     try:
         enrol.check_certificate(
-            certificate, keys.tls_key().public_key(), name, authority, now, f"{home.path / homes.KEYS}/tls.pem"
+            certificate, keys.tls_key().public_key(), name, authority, now, f"{home.path / KEYS}/tls.pem"
         )
     except FarfieldError as error:
         hint = "See to the clock, or to node.name in the settings; if both are right, leave and join again."
@@ -405,7 +405,7 @@ def _check_data(home: Home) -> str:
     enrol.check_data(home.settings.data.path)
     source = home.settings.data.source
     try:
-        count = sum(1 for _ in islice(homes.records(source, Data(), "causal-lm", None), _COUNTED))
+        count = sum(1 for _ in islice(records(source, Data(), "causal-lm", None), _COUNTED))
     except DataError as error:
         if "in the Plan" not in error.hint:
             raise
@@ -435,7 +435,7 @@ def _check_consent(consent: Consent) -> str:
     limits = {name: value for name, value in consent if value not in (None, (), "")}
     if consent.max_epsilon is None:
         del limits["delta"]
-    return ", ".join(f"{name} = {homes.toml(value)}" for name, value in limits.items())
+    return ", ".join(f"{name} = {toml(value)}" for name, value in limits.items())
 
 
 def main() -> None:

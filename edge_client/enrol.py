@@ -42,18 +42,10 @@ from farfield.protocols.errors import DataError, EnrolmentError, FarfieldError, 
 from farfield.protocols.federation_pb2_grpc import EnrolmentStub, FederationStub
 from farfield.protocols.identity import Token, fingerprint
 
-from .home import (
-    CoordinatorSettings,
-    DataSettings,
-    Home,
-    Keys,
-    NodeSettings,
-    Part,
-    Settings,
-    data_source,
-    target,
-    vacant,
-)
+from .home import Home, vacant
+from .keys import Keys
+from .settings import CoordinatorSettings, DataSettings, NodeSettings, Settings, target
+from .sources import Part, data_source
 
 TIMEOUT: Final = 20.0
 """Seconds for each of: a connection, a handshake, a call."""

@@ -10,7 +10,6 @@ is older has no further use and is removed.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Final
@@ -20,6 +19,8 @@ from safetensors.numpy import save
 
 from farfield.protocols.errors import HomeError
 from farfield.protocols.tensors import State
+
+from .disk import sync, write
 
 _NAME: Final = re.compile(r"round-(\d+)\.safetensors")
 _BEFORE: Final = "before"
@@ -61,7 +62,8 @@ class LocalState:
         raw = save(dict(sorted(state.items())), metadata={_BEFORE: str(before)})
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write(self._path(number), raw)
+            write(self._path(number), raw)
+            sync(self._folder)  # the states before it are removed next
             for one in rounds:
                 if one not in (before, number):
                     self._path(one).unlink()
@@ -89,17 +91,3 @@ class LocalState:
                 return state, int(file.metadata()[_BEFORE])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise HomeError(f"cannot be read: {error}", where=path) from None
-
-    def _write(self, path: Path, raw: bytes) -> None:
-        partial = path.with_name(path.name + ".partial")
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the states before it are removed next
-        finally:
-            os.close(folder)

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
     from .data import ClientData
-    from .home import Part
     from .local_state import LocalState
     from .secure import Work
+    from .sources import Part
 
 REMEMBERED: Final = 4096
 """How many nonces of past tasks are kept, so that none is done twice."""
@@ -193,7 +193,7 @@ class Participant:
     def _read(self, bench: Bench) -> ClientData:
         if self._data is None:
             from .data import prepare
-            from .home import records
+            from .sources import records
 
             plan = bench.plan
             found = records(self._source, plan.data, plan.model.task, plan.model.labels)

@@ -33,10 +33,12 @@ from farfield.protocols.parcel import release_freed_frames
 from .attendance import Attendance
 from .bundles import Cache
 from .fleet import Fleet
-from .home import Home, Keys, State
+from .home import Home
+from .keys import Keys
 from .participant import Participant
 from .pause import Pause
 from .renewal import renew
+from .resident_state import State
 
 BUSY_POLL, IDLE_POLL, BUSY_SECONDS = 0.05, 2.0, 60.0
 """Seconds between two questions for a task: `BUSY_POLL` for `BUSY_SECONDS` after the last task, then slower by and by,

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from farfield.coordinator import home as coordinator_home
 from farfield.coordinator import plans
-from farfield.edge_client import home as edge_home
+from farfield.edge_client import settings as edge_settings
 from farfield.emulator import methods
 from farfield.protocols.plan import Plan, Settings
 
@@ -170,7 +170,7 @@ def test_every_example_is_a_plan(path: Path) -> None:
 # --- settings of both sides -----------------------------------------------------------------------
 
 FEDERATION = "docs/federation.md"
-SETTINGS: dict[str, type[BaseModel]] = {"coordinator": coordinator_home.Settings, "edge-client": edge_home.Settings}
+SETTINGS: dict[str, type[BaseModel]] = {"coordinator": coordinator_home.Settings, "edge-client": edge_settings.Settings}
 WHOLE: dict[str, dict[str, dict[str, Any]]] = {
     "coordinator": {"service": {"hostnames": ["fed.example.org"]}},
     "edge-client": {

@@ -19,7 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from dockerfile import Dockerfile
 
 from farfield.coordinator.home import Home
-from farfield.edge_client import home as edge
+from farfield.edge_client.home import Home as EdgeHome
+from farfield.edge_client.keys import Keys
+from farfield.edge_client.settings import CoordinatorSettings, DataSettings, NodeSettings, Settings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "docker"
 NOW = datetime.now(UTC)
@@ -69,18 +71,16 @@ def test_an_edge_client_is_healthy_while_its_process_lives(tmp_path: Path, progr
         .public_bytes(Encoding.PEM)
     )
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    settings = edge.Settings(
-        coordinator=edge.CoordinatorSettings(
-            host="coordinator", enrolment_port=9094, fleet_port=9092, federation_port=9093
-        ),
-        node=edge.NodeSettings(name="edge-1"),
-        data=edge.DataSettings(path="/data"),
+    settings = Settings(
+        coordinator=CoordinatorSettings(host="coordinator", enrolment_port=9094, fleet_port=9092, federation_port=9093),
+        node=NodeSettings(name="edge-1"),
+        data=DataSettings(path="/data"),
     )
     signing, sealing = (
         one.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         for one in (Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
     )
-    home = edge.Home.create(path, settings, edge.Keys(certificate, certificate, private, private, signing, sealing))
+    home = EdgeHome.create(path, settings, Keys(certificate, certificate, private, private, signing, sealing))
     assert not healthy("edge-client", path, programs), "no process works here"
     with home.held():
         assert healthy("edge-client", path, programs)

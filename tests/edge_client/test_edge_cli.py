@@ -23,7 +23,8 @@ from click import termui
 from test_enrol import Coordinator
 
 from farfield.edge_client.cli import default_name, leave, size
-from farfield.edge_client.home import Home, State
+from farfield.edge_client.home import Home
+from farfield.edge_client.resident_state import State
 from farfield.protocols.identity import NAME
 
 COMMAND = [sys.executable, "-m", "farfield.edge_client.cli"]

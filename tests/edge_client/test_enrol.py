@@ -31,10 +31,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from farfield.edge_client import home as homes
 from farfield.edge_client.consent import Consent
 from farfield.edge_client.enrol import Address, authenticate, check_data, join, pin, withdraw
-from farfield.edge_client.home import Home
+from farfield.edge_client.home import Home, enrolled, forget
 from farfield.protocols import federation_pb2 as pb
 from farfield.protocols import identity
 from farfield.protocols.envelope import Member
@@ -297,7 +296,7 @@ def test_the_consent_of_a_node_that_left_holds_for_the_next(coordinator: Coordin
     file.write_text(file.read_text().replace("# max_rounds = 100", "max_rounds = 5"))
     with first.held():
         withdraw(first)
-        homes.forget(place)
+        forget(place)
     assert coordinator.left == ["ward-3"]
     second = enrol(coordinator, place, data, name="ward-3b")
     assert Home.open(place).settings.consent == second.settings.consent == Consent(max_rounds=5)
@@ -657,7 +656,7 @@ def test_killed_between_admission_and_writing(coordinator: Coordinator, place: P
         process.communicate(coordinator.invite() + "\n")
     assert process.returncode == -signal.SIGKILL
     assert coordinator.nodes == {"ward-3"}
-    assert not homes.enrolled(place)
+    assert not enrolled(place)
     assert {path.name for path in place.iterdir()} <= {"resident.lock"}
     coordinator.on_admitted = lambda: None
     assert enrol(coordinator, place, data, name="ward-3b").settings.node.name == "ward-3b"
@@ -671,7 +670,7 @@ def test_a_disk_that_fails_when_the_node_is_admitted(coordinator: Coordinator, p
         "the coordinator admitted 'ward-3', but then: cannot be used",
         "coordinator revoke ward-3",
     )
-    assert not homes.enrolled(place)
+    assert not enrolled(place)
 
 
 def test_two_that_join_at_once_into_one_home(coordinator: Coordinator, place: Path, data: str) -> None:
