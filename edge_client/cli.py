@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import platform
 import re
 import secrets
-import shutil
 import socket
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 
-from farfield.protocols.errors import DataError, EnrolmentError, FarfieldError, HomeError, ServiceError, did_you_mean
+from farfield.protocols.errors import FarfieldError, HomeError
 
-from .consent import PROGRAM_BYTES, Consent
 from .home import Home, enrolled, forget
-from .keys import KEYS
 from .lock import held
+from .readable import days_left, size
 from .resident_state import State
-from .settings import SETTINGS, toml
-from .sources import records
+from .settings import SETTINGS
 
 app = typer.Typer(
     help="Farfield's edge client: trains models on data that stays on this machine.",
@@ -99,7 +91,7 @@ def status(
     keys = opened.keys()
     until = keys.node_certificate().not_valid_after_utc
     signing = keys.signing_key().public_key().public_bytes_raw()
-    used = _cache_bytes(opened)
+    used = opened.cached_bytes()
     if as_json:
         document = {
             "home": str(opened.path),
@@ -122,7 +114,7 @@ def status(
         "coordinator": f"{server.host}, fleet port {server.fleet_port}, federation port {server.federation_port}",
         "process": _process(state, holder, now, opened.path),
         "last problem": (state.last_error if state else None) or "none",
-        "certificate": f"valid until {until:%Y-%m-%d} ({_days(until, now)})",
+        "certificate": f"valid until {until:%Y-%m-%d} ({days_left(until, now)})",
         "signing key": signing.hex(),
         "data": settings.data.path,
         "cache": f"{size(used)} of {size(settings.cache.max_bytes)}",
@@ -170,51 +162,15 @@ def leave(
 @app.command()
 def doctor(home: HomeOption = DEFAULT_HOME) -> None:
     """Check all that taking part depends on, and say what to do about what is wrong; status 1 if something is."""
-    path, console, problems = _place(home), _console(), 0
-    checks: list[tuple[str, Callable[[], str]]] = [("software", _check_software), ("memory", _check_memory)]
-    try:
-        opened = Home.open(path)
-    except FarfieldError as error:
-        checks.append(("home", _raising(error)))
-    else:
-        server = opened.settings.coordinator
-        ports = {
-            "enrolment": server.enrolment_port,
-            "fleet": server.fleet_port,
-            "federation": server.federation_port,
-        }
-        checks += [
-            ("home", lambda: f"{path}, closed to others"),
-            ("keys", lambda: _check_keys(opened)),
-            *((f"{service} port", lambda port=port: _check_port(opened, port)) for service, port in ports.items()),
-            ("federation", lambda: _check_federation(opened)),
-            ("data", lambda: _check_data(opened)),
-            ("disk", lambda: _check_disk(opened)),
-            ("consent", lambda: _check_consent(opened.settings.consent)),
-        ]
-    for number, (name, check) in enumerate(checks, 1):
-        try:
-            console.print(f"{number:>2}. {name:<15} ok       {check()}")
-        except FarfieldError as error:
-            problems += 1
-            console.print(f"{number:>2}. {name:<15} PROBLEM  {error}")
-    console.print("Everything is in order." if not problems else f"Problems: {problems}.")
-    raise typer.Exit(1 if problems else 0)
+    from .doctor import examine
+
+    raise typer.Exit(1 if examine(_place(home), _console()) else 0)
 
 
 def default_name() -> str:
     """The machine's name, as far as a node may be called so, and four characters by chance that make it unique."""
     host = re.sub(r"[^A-Za-z0-9._+-]+", "-", socket.gethostname().partition(".")[0]).strip("._+-")[:59]
     return f"{host or 'node'}-{secrets.token_hex(2)}"
-
-
-def size(count: float) -> str:
-    """A number of bytes as a person reads it, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _place(home: Path) -> Path:
@@ -277,165 +233,6 @@ def _command(name: str, path: Path) -> str:
 
 def _console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True)
-
-
-def _days(until: datetime, now: datetime) -> str:
-    days = (until - now).days
-    return f"{days} days left" if days >= 0 else "EXPIRED"
-
-
-def _cache_bytes(home: Home) -> int:
-    used = 0
-    for file in home.cache.rglob("*"):
-        try:
-            used += file.stat().st_size if file.is_file() else 0
-        except OSError:  # the resident process has just removed it
-            continue
-    return used
-
-
-def _raising(error: FarfieldError) -> Callable[[], str]:
-    def check() -> str:
-        raise error
-
-    return check
-
-
-def _check_software() -> str:
-    hint = "Install it as the README says, torch first."
-    packages = ("torch", "transformers", "peft", "flwr", "grpcio")
-    try:
-        versions = ", ".join(f"{package} {version(package)}" for package in packages)
-        torch: Any = importlib.import_module("torch")
-    except (ImportError, OSError, PackageNotFoundError) as error:
-        raise ServiceError(f"a library cannot be used: {error}", hint=hint) from None
-    gpu = f"GPU {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "no GPU, so the CPU trains"
-    return f"Python {platform.python_version()}, {versions}; {gpu}"
-
-
-def _check_memory() -> str:
-    available = available_memory()
-    if available is None:
-        return "how much is free cannot be seen here"
-    if available < 2 * PROGRAM_BYTES:
-        raise ServiceError(
-            f"{size(available)} are free, and the program alone takes {size(PROGRAM_BYTES)}",
-            hint="Stop something else, or give this container more.",
-        )
-    return f"{size(available)} free"
-
-
-def available_memory() -> int | None:
-    """Bytes that a process here may still take: what the machine has free, or what its container (cgroup 2) leaves."""
-    try:
-        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        free = int(table["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no container, another version of cgroups, or "max"
-        return free
-    return max(0, min(free, limit - used))
-
-
-def _check_keys(home: Home) -> str:
-    from . import enrol
-
-    keys, now = home.keys(), datetime.now(UTC)
-    certificate = keys.node_certificate()
-    keys.fleet_key()
-    keys.identity()
-    name, authority = home.settings.node.name, keys.authority_certificate()
-    try:
-        enrol.check_certificate(
-            certificate, keys.tls_key().public_key(), name, authority, now, f"{home.path / KEYS}/tls.pem"
-        )
-    except FarfieldError as error:
-        hint = "See to the clock, or to node.name in the settings; if both are right, leave and join again."
-        raise EnrolmentError(error.what, where=error.where, hint=hint) from None
-    until = certificate.not_valid_after_utc
-    return f"{name}, certificate valid until {until:%Y-%m-%d} ({_days(until, now)}) by this clock"
-
-
-def _check_port(home: Home, port: int) -> str:
-    from . import enrol
-
-    server = enrol.Address(home.settings.coordinator.host, port)
-    enrol.authenticate(server, home.keys().authority_certificate(), _PATIENCE)
-    return f"{server} answers, and is the coordinator that this machine has enrolled with"
-
-
-_PATIENCE: Final = 5.0
-"""Seconds that a check waits for a server."""
-
-
-def _check_federation(home: Home) -> str:
-    import grpc
-
-    from . import enrol
-
-    health: Any = importlib.import_module("grpc_health.v1.health_pb2")  # comes without types
-    stubs: Any = importlib.import_module("grpc_health.v1.health_pb2_grpc")
-
-    server = enrol.Address(home.settings.coordinator.host, home.settings.coordinator.federation_port)
-    with enrol.channel(server, home.keys()) as channel:
-        try:
-            reply = stubs.HealthStub(channel).Check(health.HealthCheckRequest(), timeout=_PATIENCE)
-        except grpc.RpcError as error:
-            code, details = enrol.status(error)
-            hint = "If the ports above are in order, the coordinator has revoked this node: ask whoever runs it."
-            raise ServiceError(f"does not serve this node ({code.name}: {details})", where=server, hint=hint) from None
-    if reply.status != health.HealthCheckResponse.SERVING:
-        raise ServiceError("is not ready", where=server, hint="Try again in a minute, or ask whoever runs it.")
-    return f"{server} takes this node's certificate and is healthy"
-
-
-_COUNTED: Final = 1000
-"""How many records `doctor` reads."""
-
-
-def _check_data(home: Home) -> str:
-    from farfield.protocols.plan import Data
-
-    from . import enrol
-
-    enrol.check_data(home.settings.data.path)
-    source = home.settings.data.source
-    try:
-        count = sum(1 for _ in islice(records(source, Data(), "causal-lm", None), _COUNTED))
-    except DataError as error:
-        if "in the Plan" not in error.hint:
-            raise
-        return f"{source} can be read, but a Plan must name its columns: {error.what}"
-    return f"{source} can be read: {f'the first {count}' if count == _COUNTED else f'all {count}'} records"
-
-
-def _check_disk(home: Home) -> str:
-    free, most = shutil.disk_usage(home.path).free, home.settings.cache.max_bytes
-    room = f"{size(free)} free; the cache holds {size(_cache_bytes(home))} of {size(most)}"
-    if free < _LEAST_DISK:
-        raise HomeError(room, where=home.path, hint="Make room, or lower cache.max_bytes.")
-    return room
-
-
-_LEAST_DISK: Final = 1_000_000_000
-
-
-def _check_consent(consent: Consent) -> str:
-    from farfield.emulator.methods import registered
-
-    for method in consent.methods:
-        if method not in registered():
-            raise HomeError(
-                f"consent.methods: there is no tuning method {method!r}", hint=did_you_mean(method, registered())
-            )
-    limits = {name: value for name, value in consent if value not in (None, (), "")}
-    if consent.max_epsilon is None:
-        del limits["delta"]
-    return ", ".join(f"{name} = {toml(value)}" for name, value in limits.items())
 
 
 def main() -> None:

@@ -96,6 +96,16 @@ class Home:
         """The folder of downloaded bundles; it need not exist."""
         return self.path / _CACHE
 
+    def cached_bytes(self) -> int:
+        """How much disk the cache takes."""
+        used = 0
+        for file in self.cache.rglob("*"):
+            try:
+                used += file.stat().st_size if file.is_file() else 0
+            except OSError:  # the resident process has just removed it
+                continue
+        return used
+
     @property
     def ledger(self) -> Path:
         """The file of what runs have spent of the data's privacy; it need not exist."""

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,54 +20,18 @@ from typing import Any
 import pytest
 import typer
 from click import termui
+from machine import COMMAND, Machine, refused, went_well
 from test_enrol import Coordinator
 
-from farfield.edge_client.cli import default_name, leave, size
+from farfield.edge_client.cli import default_name, leave
 from farfield.edge_client.home import Home
 from farfield.edge_client.resident_state import State
 from farfield.protocols.identity import NAME
 
-COMMAND = [sys.executable, "-m", "farfield.edge_client.cli"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A folder with data, and what is typed there."""
-
-    path: Path
-
-    @property
-    def home(self) -> Path:
-        return self.path / "home"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FARFIELD_")}
-        return inherited | {"FARFIELD_EDGE_HOME": str(self.home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def run(self, *words: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, *words],
-            cwd=self.path,
-            env=self.environment | environment,
-            input=text,
-            capture_output=True,
-            text=True,
-        )
-
-    def join(self, coordinator: Coordinator, *more: str) -> subprocess.CompletedProcess[str]:
-        token = coordinator.invite()
-        done = self.run(
-            "join", coordinator.address, "--token", "-", "--data", "notes.jsonl", "--no-start", *more, text=f"{token}\n"
-        )
-        assert token not in done.stdout + done.stderr
-        return done
-
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    (tmp_path / "notes.jsonl").write_text('{"text": "Seen by nobody."}\n{"text": "Nor this."}\n')
-    return Machine(tmp_path)
+    return Machine.with_notes(tmp_path)
 
 
 @pytest.fixture
@@ -81,20 +45,6 @@ def joined(machine: Machine, coordinator: Coordinator) -> Machine:
     done = machine.join(coordinator, "--name", "ward-3")
     assert done.returncode == 0, done.stderr
     return machine
-
-
-def went_well(done: subprocess.CompletedProcess[str]) -> str:
-    assert (done.returncode, done.stderr) == (0, ""), done
-    return done.stdout
-
-
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """One line that says what is wrong, status 2, and nothing else on stderr."""
-    assert done.returncode == 2, done
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
-    for part in parts:
-        assert part in done.stderr
-    assert "Traceback" not in done.stdout
 
 
 # --- join and start ---------------------------------------------------------------------------------------------------
@@ -303,74 +253,6 @@ def test_leave_while_the_resident_process_works(joined: Machine, coordinator: Co
     assert Home.open(joined.home).keys()
 
 
-# --- doctor -----------------------------------------------------------------------------------------------------------
-
-
-def findings(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
-    """Name of each check: whether it is in order, and what was said."""
-    lines = re.findall(r"^ *(\d+)\. (\w+(?: port)?) +(ok|PROBLEM) +(.+)$", done.stdout, re.MULTILINE)
-    assert [int(number) for number, *_ in lines] == list(range(1, len(lines) + 1))
-    return {name: (state, said) for _, name, state, said in lines}
-
-
-def test_doctor_finds_a_healthy_node_healthy(joined: Machine, coordinator: Coordinator) -> None:
-    done = joined.run("doctor")
-    found = findings(done)
-    assert [name for name, (state, _) in found.items() if state != "ok"] == []
-    assert done.returncode == 0
-    assert done.stdout.endswith("Everything is in order.\n")
-    assert list(found) == [
-        "software", "memory", "home", "keys", "enrolment port", "fleet port", "federation port", "federation", "data",
-        "disk", "consent",
-    ]  # fmt: skip
-    assert "torch 2" in found["software"][1] and "no GPU, so the CPU trains" in found["software"][1]
-    assert "ward-3, certificate valid until" in found["keys"][1]
-    assert f"localhost:{coordinator.fleet_port} answers" in found["fleet port"][1]
-    assert "all 2 records" in found["data"][1] and "Seen by" not in done.stdout
-    assert found["consent"][1] == 'protections = ["sealed", "secagg"], min_cohort = 1, min_sum = 3'
-
-
-def test_doctor_names_every_problem_and_goes_on(machine: Machine) -> None:
-    with Coordinator().serving() as coordinator, Coordinator().serving() as other:
-        went_well(machine.join(coordinator, "--name", "ward-3"))
-        coordinator_ports = coordinator.fleet_port, other.fleet_port
-        file = machine.home / "edge-client.toml"
-        text = file.read_text()
-        text = text.replace(f"fleet_port = {coordinator_ports[0]}", f"fleet_port = {coordinator_ports[1]}")
-        text = text.replace('name = "ward-3"', 'name = "ward-4"').replace("methods = []", 'methods = ["lra"]')
-        file.write_text(text)
-        (machine.path / "notes.jsonl").write_text('{"text": "Seen by nobody."}\n{"text": ""}\n')
-        done = machine.run("doctor")
-    assert done.returncode == 1
-    found = findings(done)
-    wrong = {name: said for name, (state, said) in found.items() if state == "PROBLEM"}
-    assert set(wrong) == {"keys", "fleet port", "data", "consent"}
-    assert "it is for another node than 'ward-4'" in wrong["keys"]
-    assert "is not from the coordinator's authority" in wrong["fleet port"]
-    assert "notes.jsonl, line 2: 'text' is empty" in wrong["data"]
-    assert "no tuning method 'lra'. Did you mean 'lora'?" in wrong["consent"]
-    assert done.stdout.endswith("Problems: 4.\n")
-
-    done = machine.run("doctor")  # now that nothing listens any more
-    wrong = {name: said for name, (state, said) in findings(done).items() if state == "PROBLEM"}
-    assert set(wrong) == {"keys", "enrolment port", "fleet port", "federation port", "federation", "data", "consent"}
-    assert all("nothing listens there" in wrong[f"{name} port"] for name in ("enrolment", "fleet", "federation"))
-
-
-def test_doctor_knows_that_columns_are_named_by_the_plan(joined: Machine) -> None:
-    (joined.path / "notes.jsonl").write_text('{"sentence": "Seen by nobody.", "label": 1}\n')
-    state, said = findings(joined.run("doctor"))["data"]
-    assert (state, "can be read, but a Plan must name its columns: no column 'text'" in said) == ("ok", True)
-
-
-def test_doctor_where_nobody_has_joined(machine: Machine) -> None:
-    done = machine.run("doctor")
-    assert done.returncode == 1
-    found = findings(done)
-    assert {name: state for name, (state, _) in found.items()} == {"software": "ok", "memory": "ok", "home": "PROBLEM"}
-    assert "edge-client join" in found["home"][1]
-
-
 # --- Small things -----------------------------------------------------------------------------------------------------
 
 
@@ -380,8 +262,3 @@ def test_a_machine_s_name_becomes_a_node_s(host: str, monkeypatch: pytest.Monkey
     first, second = default_name(), default_name()
     assert NAME.fullmatch(first) and first[:-4] == second[:-4]
     assert re.fullmatch("[0-9a-f]{4}", first[-4:])
-
-
-def test_sizes() -> None:
-    shown = [size(count) for count in (0, 999, 1000, 1_500_000, 50_000_000_000, 2e15)]
-    assert shown == ["0 B", "999 B", "1.0 kB", "1.5 MB", "50.0 GB", "2000.0 TB"]
