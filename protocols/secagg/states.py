@@ -304,8 +304,7 @@ class Submitted:
     def answer(self, owner: Owner, common: bytes, own: bytes, vector: Words | None) -> tuple[Known, Answer]:
         _nothing(own)
         session = read_session(self.opened, self.roster, self.reveals)
-        sharers = decode_sharers(self.sharers, len(session.members))
-        survivors = read_split(session, sharers, common).survivors
+        survivors = _survivors(session, self.sharers, common)
         if owner.name not in survivors:
             raise SecAggError("this client is said to have dropped out, and has not", where=owner.name)
         _enough_holders(session, owner, survivors)
@@ -333,8 +332,7 @@ class Confirmed:
     def answer(self, owner: Owner, common: bytes, own: bytes, vector: Words | None) -> tuple[None, Answer]:
         _nothing(common)
         session = read_session(self.opened, self.roster, self.reveals)
-        sharers = decode_sharers(self.sharers, len(session.members))
-        survivors = read_split(session, sharers, self.survivors).survivors
+        survivors = _survivors(session, self.sharers, self.survivors)
         near = session.within(owner.name, survivors)
         signatures = decode_confirmations(own, len(session.members))
         for name, signature in signatures.items():
@@ -367,6 +365,11 @@ def _sharers(session: Session, owner: Owner, raw: bytes) -> frozenset[str]:
         raise SecAggError(f"{len(sharers)} clients shared, too few for a sum of {session.open.minimum} or more")
     _enough_holders(session, owner, sharers)
     return sharers
+
+
+def _survivors(session: Session, sharers: bytes, split: bytes) -> frozenset[str]:
+    """Whose vectors were summed, of those who shared."""
+    return read_split(session, decode_sharers(sharers, len(session.members)), split).survivors
 
 
 def _enough_holders(session: Session, owner: Owner, names: Collection[str]) -> None:

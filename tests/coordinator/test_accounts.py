@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Ended, plan_text, write_backbone
+from in_process import Command, running
+from tiny import plan_text, write_backbone
 
-from farfield.coordinator import cli, plans
+from farfield.coordinator import plans
 from farfield.coordinator.accounts import LEDGER, RunAccounts, accounts
 from farfield.coordinator.home import Home
 from farfield.coordinator.submission import submit
@@ -148,22 +147,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return Home.open(made.path)
 
 
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `coordinator ARGUMENTS` in this process, up to where it would exit."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err, 0)
-
-    return run
+    return running(monkeypatch, capsys)
 
 
 def test_a_plan_over_the_budget_is_not_taken(home: Home, tmp_path: Path) -> None:

@@ -7,15 +7,14 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import Command, refused, running
 from tiny import Ended
 
-from farfield.coordinator import cli
 from farfield.coordinator.home import Home
 from farfield.coordinator.runs import RoundRecord
 from farfield.coordinator.storage import Node, Run, RunState, Store
@@ -24,22 +23,10 @@ from farfield.protocols.identity import Token
 SOON = datetime.now(UTC)
 """A moment during these tests: what a command calls now."""
 
-Command = Callable[..., Ended]
-
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `coordinator ARGUMENTS` in this process, up to where it would exit."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err, 0)
-
-    return run
+    return running(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -75,13 +62,6 @@ def went_well(ended: Ended) -> str:
 
 def document(ended: Ended) -> Any:
     return json.loads(went_well(ended))
-
-
-def refused(ended: Ended, *parts: str) -> None:
-    assert (ended.status, ended.out) == (2, ""), ended
-    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
-    for part in parts:
-        assert part in ended.err
 
 
 def at(moment: datetime) -> str:

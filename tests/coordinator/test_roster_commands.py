@@ -6,17 +6,15 @@ import hashlib
 import json
 import re
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tiny import Ended
+from in_process import Command, refused, running
 
-from farfield.coordinator import cli
 from farfield.coordinator.home import Home
 from farfield.coordinator.storage import Node, Store
 from farfield.protocols.errors import HomeError
@@ -24,23 +22,13 @@ from farfield.protocols.roster import draw_up, open_roster, sign
 
 SOON = datetime.now(UTC)
 
-Command = Callable[..., Ended]
-
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs `coordinator roster ARGUMENTS` in this process, in an empty folder, up to where it would exit."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", "roster", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), captured.out, captured.err, 0)
-
-    return run
+    return running(monkeypatch, capsys, "roster")
 
 
 @pytest.fixture
@@ -66,13 +54,6 @@ def signing_key(name: str) -> bytes:
 
 
 MEMBERS = {name: signing_key(name) for name in ("ann", "bob")}
-
-
-def refused(ended: Ended, *parts: str) -> None:
-    assert (ended.status, ended.out) == (2, ""), ended
-    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
-    for part in parts:
-        assert part in ended.err
 
 
 def mode(path: Path) -> int:
