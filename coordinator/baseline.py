@@ -1,10 +1,12 @@
-"""The yardstick of a simulation: the same training on all clients' examples in one place."""
+"""The yardsticks of a simulation: the same training in one place, or on the whole backbone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farfield.protocols.plan import Plan
@@ -16,7 +18,8 @@ from .rounds import sample_evaluators
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
-    from .simulation import Fleet
+    from .runs import Checkpoint
+    from .simulation import Fleet, Observer, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ def centralised(
     Batch size, optimiser and learning rate are the Plan's; its schedule runs over `steps`, and FedProx's term, which
     holds a client near what it received, is left out.
     """
-    from farfield.edge_client.train import evaluate, train
+    from farfield.edge_client.train import train
 
     if not steps:
         return Centralised(0, None, None)
@@ -56,6 +59,14 @@ def centralised(
         horizon=steps,
         on_step=on_step,
     )
+    loss, accuracy = _held_out(plan, bench, fleet)
+    return Centralised(steps, loss, accuracy)
+
+
+def _held_out(plan: Plan, bench: Bench, fleet: Fleet) -> tuple[float | None, float | None]:
+    """Loss and accuracy of what the bench has loaded, on what the evaluators held out; None where that is no number."""
+    from farfield.edge_client.train import evaluate
+
     measured = [
         evaluate(bench.tuned, held_out, plan.evaluation.batch_size, pad_id=bench.pad_id)
         for name in sample_evaluators(plan, fleet.names)
@@ -64,5 +75,71 @@ def centralised(
     targets = sum(one.targets for one in measured)
     loss = sum(one.loss * one.targets for one in measured) / targets if targets else math.nan
     if not math.isfinite(loss):
-        return Centralised(steps, None, None)
-    return Centralised(steps, loss, sum(one.correct for one in measured) / targets)
+        return None, None
+    return loss, sum(one.correct for one in measured) / targets
+
+
+@dataclass(frozen=True, slots=True)
+class Offsite:
+    """Losses on what the clients held out, in nats per target: what tuning on an emulator is worth to the backbone.
+
+    Attributes:
+        zero_shot: of the backbone as it was.
+        emulator: of the tuned emulator.
+        plug_in: of the backbone with the adapter that was tuned on the emulator.
+        full: of the backbone with the same blocks tuned on itself, by the same federation.
+    """
+
+    zero_shot: float
+    emulator: float
+    plug_in: float
+    full: float
+
+    @property
+    def recovered(self) -> float:
+        """R: the share of what tuning on the backbone gains that plugging in gains as well."""
+        return (self.zero_shot - self.plug_in) / (self.zero_shot - self.full)
+
+
+def compared(
+    plan: Plan, model_folder: Path, clients: Sequence[Source], last: Checkpoint, observer: Observer
+) -> Offsite | None:
+    """Hold a finished run on an emulator against the same run on the backbone, which is done now and not kept.
+
+    None where no loss may be measured, or one is no number.
+
+    Args:
+        last: the end of the run on the emulator.
+    """
+    from farfield.emulator.bench import Bench
+
+    from .runs import RunFolder, RunInfo
+    from .simulation import Faults, Fleet, Simulation
+
+    whole = on_backbone(plan)
+    bench = Bench(whole, model_folder)
+    fleet = Fleet(whole, bench, clients)
+    initial = bench.adapter()
+
+    def loss(adapter: State) -> float | None:
+        bench.load(adapter)
+        return _held_out(whole, bench, fleet)[0]
+
+    with tempfile.TemporaryDirectory() as kept:
+        folder = RunFolder.create(Path(kept) / "run", RunInfo("yardstick", whole.digest, str(model_folder), ""), "")
+        full = Simulation(whole, folder, fleet, Faults(), observer).go(initial).record.eval_loss
+    losses = loss(initial), last.record.eval_loss, loss(last.adapter), full
+    if any(one is None for one in losses):
+        return None
+    return Offsite(*(one for one in losses if one is not None))
+
+
+def on_backbone(plan: Plan) -> Plan:
+    """The Plan with the backbone in the place of its emulator: the same blocks are tuned, in the same rounds."""
+    assert plan.delivery.ends is not None
+    first, last = plan.delivery.ends
+    delivery = plan.delivery.model_copy(
+        update={"kind": "adapter", "first": first, "last": last, "redistill_every": None}
+    )
+    evaluation = plan.evaluation.model_copy(update={"every": plan.training.rounds})
+    return plan.model_copy(update={"delivery": delivery, "evaluation": evaluation})

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from farfield.protocols.errors import FarfieldError, RunError
 
-from . import administration, ledger, operation, roster
+from . import administration, emulators, ledger, operation, roster
 
 app = typer.Typer(
     help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",
@@ -24,6 +24,7 @@ app = typer.Typer(
 plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(roster.app, name="roster")
+app.add_typer(emulators.app, name="emulator")
 app.add_typer(operation.app)
 app.add_typer(administration.app)
 app.add_typer(ledger.app)
@@ -58,8 +59,20 @@ def simulate(
         float | None, typer.Option(min=0, max=1, help="Probability that a client answers too late.")
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also train on the pooled data with as many steps.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also train on the pooled data with as many steps; with an emulator, also run on the backbone itself.",
+        ),
     ] = False,
+    emulator: Annotated[
+        Path | None,
+        typer.Option(help="An emulator to ship, as `emulator build` wrote it; without it, one is built for the run."),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Public text to build an emulator with and to judge it by; a file or a folder."),
+    ] = None,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -92,7 +105,7 @@ def simulate(
         raise RunError("--client-cpus and --client-gpus are for Flower's engine", hint="Add --engine flower.")
     faults = None if dropout is None and stragglers is None else Faults(dropout or 0.0, stragglers or 0.0)
     console = Console()
-    request = Request(plan, clients, data, runs, resume, faults, compare, resources)
+    request = Request(plan, clients, data, runs, resume, faults, compare, resources, emulator, public)
     progress = SimulationConsole(console)
     if json_file is not None:  # before the work, not after hours of it
         with writing(json_file):

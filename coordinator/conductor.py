@@ -100,20 +100,40 @@ class Accounts(Protocol):
         ...
 
 
+class Owner(Protocol):
+    """The backbone's owner, where clients get an emulator of it."""
+
+    def ready(self, number: int, adapter: State) -> None:
+        """Make sure that clients get the emulator that is meant for round `number`; `adapter` is from before it."""
+        ...
+
+    def measure(self, adapter: State) -> tuple[float, float] | None:
+        """Loss of the adapter on the emulator, and plugged into the backbone; None without text of the owner's own."""
+        ...
+
+
 class Conductor:
     """One run of a Plan, from its last checkpoint to the end."""
 
     def __init__(
-        self, plan: Plan, run: str, carrier: Carrier, journal: Journal, accounts: Accounts | None = None
+        self,
+        plan: Plan,
+        run: str,
+        carrier: Carrier,
+        journal: Journal,
+        accounts: Accounts | None = None,
+        owner: Owner | None = None,
     ) -> None:
         """
         Args:
             accounts: where privacy is accounted for; needed where the Plan promises any.
+            owner: who makes and judges emulators; needed where the Plan ships one.
 
         Raises:
             PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
-        self._plan, self._run, self._carrier, self._journal, self._accounts = plan, run, carrier, journal, accounts
+        self._plan, self._run, self._carrier, self._journal = plan, run, carrier, journal
+        self._accounts, self._owner = accounts, owner
         rule = registered()[plan.aggregation.rule](plan.aggregation)
         if not isinstance(rule, SumRule):
             raise PlanError(f"aggregation.rule = {plan.aggregation.rule!r} must see each update; there are sums only")
@@ -140,12 +160,26 @@ class Conductor:
         began, traffic = time.monotonic(), Traffic()
         present = self._carrier.gather(self._plan.smallest_cohort)
         score = self._evaluate(0, initial, present, traffic)
-        seconds = time.monotonic() - began
-        record = RoundRecord(0, 0, None, *_told(score), traffic.down, traffic.up, seconds, problems=traffic.problems)
+        emulator_loss, plug_in_loss = self._plugged(0, initial)
+        record = RoundRecord(
+            round=0,
+            clients=0,
+            train_loss=None,
+            eval_loss=score.loss if score else None,
+            eval_accuracy=score.accuracy if score else None,
+            bytes_down=traffic.down,
+            bytes_up=traffic.up,
+            seconds=time.monotonic() - began,
+            problems=traffic.problems,
+            emulator_loss=emulator_loss,
+            plug_in_loss=plug_in_loss,
+        )
         return Checkpoint(record, initial, Moments(), bounds.first(self._plan, initial))
 
     def _round(self, number: int, last: Checkpoint) -> Checkpoint:
         plan, began, traffic = self._plan, time.monotonic(), Traffic()
+        if self._owner is not None:
+            self._owner.ready(number, last.adapter)
         present = self._carrier.gather(plan.smallest_cohort)
         aggregate = self._train(number, last, present, traffic)
         adapter, moments, following = last.adapter, last.moments, last.bounds
@@ -155,21 +189,29 @@ class Conductor:
         score = None
         if number % plan.evaluation.every == 0 or number == plan.training.rounds:
             score = self._evaluate(number, adapter, present, traffic)
-        loss, accuracy = _told(score)
+        emulator_loss, plug_in_loss = self._plugged(number, adapter)
         record = RoundRecord(
             round=number,
             clients=len(aggregate.clients) if aggregate else 0,
             train_loss=aggregate.loss if aggregate else None,
-            eval_loss=loss,
-            eval_accuracy=accuracy,
+            eval_loss=score.loss if score else None,
+            eval_accuracy=score.accuracy if score else None,
             bytes_down=traffic.down,
             bytes_up=traffic.up,
             seconds=time.monotonic() - began,
             steps=aggregate.steps if aggregate else 0,
             problems=traffic.problems,
             clipping_norm=last.bounds.clipping_norm,
+            emulator_loss=emulator_loss,
+            plug_in_loss=plug_in_loss,
         )
         return Checkpoint(record, adapter, moments, following)
+
+    def _plugged(self, number: int, adapter: State) -> tuple[float | None, float | None]:
+        """What the owner measures after round `number`, where it is time to."""
+        due = number % self._plan.delivery.plug_in_every == 0 or number == self._plan.training.rounds
+        measured = self._owner.measure(adapter) if self._owner is not None and due else None
+        return measured or (None, None)
 
     def _train(self, number: int, last: Checkpoint, present: Sequence[str], traffic: Traffic) -> Aggregate | None:
         plan = self._plan
@@ -248,10 +290,6 @@ class Conductor:
         if secure.failure:
             traffic.note({_ALL: secure.failure})
         return secure
-
-
-def _told(score: Score | None) -> tuple[float | None, float | None]:
-    return (score.loss, score.accuracy) if score else (None, None)
 
 
 def improvement(before: float | None, after: float | None) -> float | None:

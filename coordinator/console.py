@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,10 @@ from .conductor import improvement
 from .results import Result
 from .runs import RoundRecord, RunInfo
 from .storage import Run
+
+if TYPE_CHECKING:
+    from farfield.emulator.distill import Check
+    from farfield.emulator.search import Candidate
 
 _COLUMNS = (
     ("round", 5),
@@ -65,6 +70,21 @@ class SimulationConsole:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+
+    def on_folder(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_stage(self, what: str) -> None:
+        self._show(f"emulator: {what}", 0, 1)
+
+    def on_candidate(self, candidate: Candidate, done: int, count: int) -> None:
+        self._show(f"emulator: {candidate.choice}", done, count)
+
+    def on_step(self, done: int, steps: int, loss: float) -> None:
+        self._show(f"emulator: distilling (loss {loss:.3f})", done, steps)
+
+    def on_check(self, check: Check) -> None:
+        self._console.print(f"        {told(check)}", highlight=False, markup=False, soft_wrap=True)
 
     def on_preparing(self, done: int, clients: int) -> None:
         self._show("reading the clients' data", done, clients)
@@ -132,6 +152,12 @@ class RunConsole:
         _row(self._console, record)
 
 
+def told(check: Check) -> str:
+    """What a distillation has come to, as a line."""
+    lm = f", loss alone {check.lm:.4f}" if check.lm else ""
+    return f"distilled {check.step} steps: {check.hidden:.1%} of the stream wrong{lm}"
+
+
 def _row(console: Console, record: RoundRecord) -> None:
     _line(
         console,
@@ -144,6 +170,11 @@ def _row(console: Console, record: RoundRecord) -> None:
         size(record.bytes_up),
         f"{record.seconds:.1f} s",
     )
+    if record.plug_in_loss is not None:
+        console.print(
+            f"        the owner's text: {record.emulator_loss:.4f} on the emulator, {record.plug_in_loss:.4f} plugged in",
+            highlight=False,
+        )
     for node, problem in record.problems.items():
         console.print(f"        {node}: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
@@ -171,6 +202,13 @@ def print_result(console: Console, result: Result) -> None:
         if gain is not None and central:
             text += f"; federated reaches {gain / central:.0%} of that"
         table.add_row("Centralised", _number(result.centralised.eval_loss), text)
+    if (offsite := result.offsite) is not None:
+        table.add_row("Backbone before", _number(offsite.zero_shot), "zero-shot")
+        table.add_row("Emulator, tuned", _number(offsite.emulator), "what the clients have")
+        table.add_row("Backbone, plugged in", _number(offsite.plug_in), f"{offsite.recovered:.1%} of what is to be gained")
+        table.add_row("Backbone, tuned itself", _number(offsite.full), "by the same federation, with the backbone")
+        if offsite.emulator <= offsite.plug_in:
+            table.add_row("", "", "The tuned emulator is as good as the backbone: for this task it protects nothing.")
     console.print(table, highlight=False)
     folder = escape(str(result.folder))
     adapter = f"{folder}/adapter"
@@ -184,6 +222,22 @@ def print_result(console: Console, result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _delivery(plan: Plan) -> str:
+    ends, emulator, distillation = plan.delivery.ends, plan.emulator, plan.distillation
+    if ends is None:
+        return "clients get the backbone, and tune all of its blocks"
+    tuned = f"the first {ends[0]} and the last {ends[1]} blocks are tuned"
+    if plan.delivery.kind == "adapter":
+        return f"clients get the backbone; {tuned}"
+    made = [
+        f"{emulator.blocks or 'some'} blocks by {emulator.select}",
+        *([f"low rank, {emulator.low_rank:.0%} of the parameters"] if emulator.low_rank else []),
+        *([emulator.quantization] if emulator.quantization != "none" else []),
+        f"distilled for up to {distillation.steps} steps" if distillation.steps else "not distilled",
+    ]
+    return f"clients get an emulator, and never the backbone; {tuned}; between them: {', '.join(made)}"
 
 
 _PROTECTION = {
@@ -253,6 +307,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"{plan.evaluation.clients} clients"
         if plan.measures
         else "none: the Plan's privacy does not allow it",
+        "delivery": _delivery(plan),
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
         "protection": _protection(plan),
     } | {title: text for title, text in _privacy(plan).items() if text}

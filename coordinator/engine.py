@@ -37,7 +37,7 @@ from farfield.protocols.secagg import Terms
 from farfield.protocols.tensors import State
 
 from .accounts import accounts
-from .conductor import Conductor
+from .conductor import Conductor, Owner
 from .runs import Checkpoint, RunFolder, RunInfo, writing
 from .simulation import Fleet, FolderJournal, Observer, SimulatedParticipant, bound_memory, identity, sessions, sources
 
@@ -156,11 +156,17 @@ def _fleet(setting: Setting) -> tuple[Fleet, Plan]:
         raise BackboneError(f"the backbone in {folder} is not the one that this run began with")
     plan = plans.restore(setting.plan, methods.registered(), where=f"run {info.run}")
     clients = sources(info.clients, Path(info.data) if info.data else None)
-    return Fleet(plan, Bench(plan, folder), clients), plan
+    return Fleet(plan, Bench(plan, Path(info.emulator) if info.emulator else folder), clients), plan
 
 
 def go(
-    plan: Plan, folder: RunFolder, fleet: Fleet, resources: Resources, observer: Observer, initial: State
+    plan: Plan,
+    folder: RunFolder,
+    fleet: Fleet,
+    resources: Resources,
+    observer: Observer,
+    initial: State,
+    owner: Owner | None = None,
 ) -> Checkpoint:
     """Do the rounds that are left, and return the last checkpoint. Nothing that was started is left running.
 
@@ -185,7 +191,7 @@ def go(
     coordinator = signer.key.public_key().public_bytes_raw()
     setting = Setting(folder.info, plan.canonical(), coordinator, secrets.token_bytes(32))
     stop = threading.Event()
-    federation = _Federation(plan, folder, fleet, setting, signer, observer, stop)
+    federation = _Federation(plan, folder, fleet, setting, signer, observer, stop, owner)
     last: Future[Checkpoint] = Future()
     app = ServerApp()
 
@@ -221,6 +227,7 @@ class _Federation:
     signer: Signer
     observer: Observer
     stop: threading.Event
+    owner: Owner | None
 
     def conduct(self, grid: Grid, initial: State) -> Checkpoint:
         """All rounds. Raises Cancelled when `stop` is set."""
@@ -235,7 +242,8 @@ class _Federation:
         # Rounds are timed by a clock that stands still: how fast these machines are says nothing about a federation.
         carrier = GridCarrier(post, roll, self.plan, charter, self.signer, clock=lambda: 0.0, workers=1)
         journal = FolderJournal(self.folder, self.observer)
-        return Conductor(self.plan, run, carrier, journal, accounts(self.plan, run, self.folder.path)).go(initial)
+        account = accounts(self.plan, run, self.folder.path)
+        return Conductor(self.plan, run, carrier, journal, account, self.owner).go(initial)
 
     def _meet(self, grid: Grid, clients: int) -> dict[str, int]:
         """Flower's number of each client, by name. Only the nodes know which client they are, so they are asked.

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
@@ -25,7 +25,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
-from farfield.emulator import methods
+from farfield.emulator import bundle, methods
 from farfield.emulator.bundle import Manifest
 from farfield.protocols import codec, plan
 from farfield.protocols.envelope import Charter, Desk, Member, Signer, sign_charter
@@ -40,9 +40,14 @@ from .accounts import accounts
 from .asking import Verdict
 from .conductor import Conductor, Round, Traffic
 from .home import Home
+from .offsite import BackboneOwner
 from .results import conclude, save_adapter
 from .runs import Checkpoint, RunFolder
-from .storage import Node, Run, RunState, Store
+from .storage import BundleRow, Node, Run, RunState, Store
+
+if TYPE_CHECKING:
+    from farfield.emulator.distill import Check
+    from farfield.emulator.search import Candidate
 
 POLL_SECONDS: Final = 0.05
 """Between two questions for replies."""
@@ -125,32 +130,60 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
 
     began = time.monotonic()
     parsed = plan.restore(run.plan, methods.registered(), where=f"run {run.name}")
-    bundle = store.bundle(run.backbone)
-    if bundle is None:
+    shipped, info = store.bundle(run.backbone), folder.info
+    if shipped is None:
         raise RunError("its backbone's bundle is not in the database", where=f"run {run.name}")
-    if backbone.fingerprint(bundle.folder) != folder.info.backbone_fingerprint:
-        raise RunError("the backbone has changed since this run began", where=bundle.folder, hint="Start a new run.")
+    model_folder = Path(info.backbone)
+    if backbone.fingerprint(model_folder) != info.backbone_fingerprint:
+        raise RunError("the backbone has changed since this run began", where=model_folder, hint="Start a new run.")
     roster = home.roster()
     roll = _DatabaseRoll(store, run.name, _vouched_for(roster))
     roll.say("loading the backbone")
-    bench = Bench(parsed, bundle.folder)
+    bench = Bench(parsed, shipped.folder)
     initial, frozen = bench.adapter(), bench.frozen
     del bench  # while the clients work nothing is done with it
-    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(bundle.manifest).size, frozen, roster)
+    charter = Charter(run.name, run.plan, run.backbone, Manifest.parse(shipped.manifest).size, frozen, roster)
     carrier = GridCarrier(grid, roll, parsed, charter, home.authority().signer())
     account = accounts(parsed, run.name, home.path, home.budget)
     if account is not None:
         account.begin(max((record.round for record in folder.records()), default=0))
-    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll), account).go(initial)
+    owner = None
+    if info.emulator:
+        owner = BackboneOwner(parsed, folder, info, partial(_ship, store, run.name, carrier), _Distilling(roll))
+    last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll), account, owner).go(initial)
     if not any(record.clients for record in folder.records()):
         raise RunError(
             "no round counted an update", where=f"run {run.name}", hint=f"{folder.path / 'run.log'} has why."
         )
     roll.say("writing the adapter")
-    save_adapter(folder, Bench(parsed, bundle.folder), last)
+    save_adapter(folder, Bench(parsed, model_folder), last)
     conclude(folder, last, max(record.clients for record in folder.records()), time.monotonic() - began)
     store.end(run.name, RunState.FINISHED, "", datetime.now(UTC))
     log.info("finished after round %d", last.record.round)
+
+
+def _ship(store: Store, run: str, carrier: GridCarrier, emulator: Path) -> None:
+    """Have the run's clients fetch this emulator from now on."""
+    manifest = bundle.describe(emulator, "emulator")
+    store.add_bundle(BundleRow(manifest.digest, manifest.kind, emulator, manifest.canonical()))
+    store.ship(run, manifest.digest)
+    carrier.charter_anew(replace(carrier.charter, backbone=manifest.digest, backbone_bytes=manifest.size))
+    log.info("clients get the emulator %s", manifest.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Distilling:
+    """Says how a new emulator comes on."""
+
+    roll: _DatabaseRoll
+
+    def on_stage(self, what: str) -> None: ...
+    def on_candidate(self, candidate: Candidate, done: int, count: int) -> None: ...
+    def on_check(self, check: Check) -> None: ...
+
+    def on_step(self, done: int, steps: int, loss: float) -> None:
+        self.roll.say(f"distilling the emulator anew: step {done} of {steps}")
+        self.roll.present()
 
 
 class _Journal:
@@ -354,6 +387,11 @@ class GridCarrier:
         self._signed, self._signer = sign_charter(charter, signer), signer
         self._sealed, self._seconds = plan.protection.kind != "none", plan.cohort.round_seconds
         self._overdue: dict[str, Task] = {}
+
+    def charter_anew(self, charter: Charter) -> None:
+        """Tell the participants this about the run from the next round on."""
+        self.charter = charter
+        self._signed = sign_charter(charter, self._signer)
 
     def now(self) -> float:
         return self._clock()

@@ -37,6 +37,14 @@ def serve(home: HomeOption = DEFAULT_HOME) -> None:
 def run(
     plan: Annotated[Path, typer.Argument(help="The Plan, a TOML file.")],
     home: HomeOption = DEFAULT_HOME,
+    emulator: Annotated[
+        Path | None,
+        typer.Option(help="What clients get, for a Plan that ships an emulator: as `emulator build` wrote it."),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Text by which adapter and emulator are judged; else what the emulator was made with."),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the run's name, and do not wait for its end.")
     ] = False,
@@ -56,7 +64,7 @@ def run(
     opened = Home.open(home)
     store = opened.store()
     console = Console()
-    submitted = submit(plan, opened, store, datetime.now(UTC))
+    submitted = submit(plan, opened, store, datetime.now(UTC), emulator, public)
     if detach:
         print(submitted.name)
         return

@@ -15,7 +15,9 @@ from .runs import Checkpoint, RoundRecord, RunFolder, writing
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
-    from .baseline import Centralised
+    from .baseline import Centralised, Offsite
+
+_NOT_READ = frozenset({"folder", "rounds", "centralised", "offsite"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Result:
     eval_loss_after: float | None
     rounds: list[RoundRecord]
     centralised: Centralised | None
+    offsite: Offsite | None
     seconds: float
 
     @classmethod
@@ -39,10 +42,10 @@ class Result:
         path = folder.path / "result.json"
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            known = {key: document[key] for key in cls.__slots__ if key not in ("folder", "rounds", "centralised")}
+            known = {key: document[key] for key in cls.__slots__ if key not in _NOT_READ}
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"cannot be read: {error}", where=path) from None
-        return cls(**known, folder=folder.path, rounds=folder.records(), centralised=None)
+        return cls(**known, folder=folder.path, rounds=folder.records(), centralised=None, offsite=None)
 
     def document(self) -> dict[str, Any]:
         """The result as JSON-ready values; `rounds` leaves out the evaluation before the first round."""
@@ -69,7 +72,12 @@ def save_adapter(folder: RunFolder, bench: Bench, last: Checkpoint) -> None:
 
 
 def conclude(
-    folder: RunFolder, last: Checkpoint, clients: int, seconds: float, centralised: Centralised | None = None
+    folder: RunFolder,
+    last: Checkpoint,
+    clients: int,
+    seconds: float,
+    centralised: Centralised | None = None,
+    offsite: Offsite | None = None,
 ) -> Result:
     """The run's result, also written as `result.json` and `loss.png`. Raises RunError when the disk refuses."""
     records = folder.records()
@@ -83,6 +91,7 @@ def conclude(
         eval_loss_after=records[-1].eval_loss,
         rounds=records,
         centralised=centralised,
+        offsite=offsite,
         seconds=seconds,
     )
     folder.write_json("result.json", result.document())

@@ -6,6 +6,9 @@
         checkpoints/round-0007.safetensors    adapter, server-optimiser state and the round's record
         metrics.jsonl                 one record a round
         local/CLIENT/                 what each simulated client keeps of its adapter for itself
+        text.safetensors              the owner's own text, where an emulator is shipped
+        emulator/                     the emulator that was made for this run, where it was not given
+        emulators/round-0004/         one that was distilled anew after that round
         adapter/                      the final adapter in peft's format, where all clients share it
         loss.png  result.json
 
@@ -41,7 +44,8 @@ class RoundRecord:
 
     Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
     `clients` is how many updates were counted (0: the round changed nothing); `problems` says by node what went wrong;
-    `clipping_norm` is the norm to which whole updates were clipped, where they were.
+    `clipping_norm` is the norm to which whole updates were clipped, where they were. `emulator_loss` and
+    `plug_in_loss` are those of the adapter on the emulator and in the backbone, on the owner's own text.
     """
 
     round: int
@@ -55,6 +59,8 @@ class RoundRecord:
     steps: int = 0
     problems: dict[str, str] = field(default_factory=dict)
     clipping_norm: float | None = None
+    emulator_loss: float | None = None
+    plug_in_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class RunInfo:
     """What a run is, besides its Plan: enough to go on with it, or to export it, from the folder alone.
 
     `clients` and what follows it are for simulations; a run over real clients has None, and takes those that are there.
+    `emulator` is the folder of the emulator with which the run began, where it ships one.
     """
 
     run: str
@@ -82,6 +89,7 @@ class RunInfo:
     data: str | None = None
     dropout: float = 0.0
     stragglers: float = 0.0
+    emulator: str | None = None
 
 
 class RunFolder:
@@ -124,6 +132,18 @@ class RunFolder:
     @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def text(self) -> Path:
+        return self.path / "text.safetensors"
+
+    @property
+    def emulator_folder(self) -> Path:
+        return self.path / "emulator"
+
+    @property
+    def emulators_folder(self) -> Path:
+        return self.path / "emulators"
 
     @property
     def local_folder(self) -> Path:

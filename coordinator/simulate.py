@@ -5,26 +5,30 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from farfield.emulator import backbone
+from farfield.emulator import backbone, build
+from farfield.emulator.bundle import OWNER_ONLY
+from farfield.emulator.layout import is_emulator
 from farfield.emulator.methods import TuningMethod
 from farfield.protocols.errors import PlanError, RunError
 from farfield.protocols.plan import Plan
 
 from . import engine, plans
-from .baseline import centralised
+from .baseline import centralised, compared
 from .engine import Resources
+from .offsite import BackboneOwner, check_emulator, keep_text
 from .results import Result, conclude, save_adapter
 from .runs import RoundRecord, RunFolder, RunInfo
 from .simulation import Faults, Fleet, Observer, Simulation, sources
 
 
-class Progress(Observer, Protocol):
-    """What a simulation and its yardstick report to."""
+class Progress(Observer, build.Progress, Protocol):
+    """What a simulation, the making of its emulator and its yardstick report to."""
 
+    def on_folder(self, folder: Path) -> None: ...
     def on_start(self, folder: Path, info: RunInfo, done: list[RoundRecord], rounds: int) -> None: ...
     def on_baseline(self, done: int, steps: int, loss: float) -> None: ...
 
@@ -35,6 +39,8 @@ class Request:
 
     Attributes:
         resume: an existing run's folder, or its name below `runs`.
+        emulator: a folder that `coordinator emulator build` wrote; None is one that is made for this run.
+        public: text that is nobody's secret, to make the emulator with and to judge it; see `emulator.text.read`.
         flower: what each client has in Flower's simulation engine; None is the engine of this process.
     """
 
@@ -46,6 +52,8 @@ class Request:
     faults: Faults | None = None
     compare: bool = False
     flower: Resources | None = None
+    emulator: Path | None = None
+    public: Path | None = None
 
 
 def simulate(request: Request, progress: Progress) -> Result:
@@ -91,34 +99,94 @@ def simulate(request: Request, progress: Progress) -> Result:
     fingerprint = backbone.fingerprint(model_folder)
     if info and fingerprint != info.backbone_fingerprint:
         raise RunError("the backbone has changed since this run began", where=model_folder, hint="Start a new run.")
+    _check_delivery(plan, request, model_folder)
 
     from farfield.emulator.bench import Bench
 
-    bench = Bench(plan, model_folder)
-    initial = bench.adapter()
     name = info.run if info else f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
-    folder = folder or RunFolder(request.runs / name)
-    fleet = Fleet(plan, bench, clients, folder.local_folder)
-    fleet.check(progress)
+    data = str(request.data.absolute()) if request.data else None
+    new = RunInfo(
+        name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
+    )
+    bench = None if plan.delivery.kind == "emulator" else Bench(plan, model_folder)
+    if bench is not None:
+        fleet = Fleet(plan, bench, clients, request.runs / name / "local")
+        fleet.check(progress)
     if info is None:
-        data = str(request.data.absolute()) if request.data else None
-        info = RunInfo(
-            name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
-        )
-        folder = RunFolder.create(request.runs / name, info, request.plan.read_text(encoding="utf-8"))
+        if plan.delivery.kind == "emulator":
+            made = request.emulator or request.runs / name / "emulator"
+            new = replace(new, emulator=str(made.absolute()))
+        info, folder = new, RunFolder.create(request.runs / name, new, request.plan.read_text(encoding="utf-8"))
+    assert folder is not None
     with folder.held():
+        progress.on_folder(folder.path)
+        if bench is None:
+            bench = Bench(plan, _emulator(plan, request, folder, info, progress))
+            fleet = Fleet(plan, bench, clients, folder.local_folder)
+            fleet.check(progress)
+        initial = bench.adapter()
         done = folder.records()
         progress.on_start(folder.path, info, done, plan.training.rounds)
+        owner = None
+        if info.emulator:
+            owner = BackboneOwner(plan, folder, info, lambda path: fleet.use(Bench(plan, path)), progress)
         if request.flower:
-            last = engine.go(plan, folder, fleet, request.flower, progress, initial)
+            last = engine.go(plan, folder, fleet, request.flower, progress, initial, owner)
         else:
-            last = Simulation(plan, folder, fleet, faults, progress).go(initial)
-        save_adapter(folder, bench, last)
-        yardstick = None
-        if request.compare:
+            last = Simulation(plan, folder, fleet, faults, progress, owner).go(initial)
+        whole = Bench(plan, model_folder) if info.emulator else bench
+        save_adapter(folder, whole, last)
+        yardstick, offsite = None, None
+        if request.compare and info.emulator:
+            offsite = compared(plan, model_folder, clients, last, _Quietly(progress))
+        elif request.compare:
             steps = sum(record.steps for record in folder.records())
             yardstick = centralised(plan, bench, fleet, initial, steps, _counted(progress, steps))
-        return conclude(folder, last, len(clients), time.monotonic() - began, yardstick)
+        return conclude(folder, last, len(clients), time.monotonic() - began, yardstick, offsite)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quietly:
+    """Shows what is done for the yardstick, and not its rounds."""
+
+    progress: Progress
+
+    def on_preparing(self, done: int, clients: int) -> None: ...
+
+    def on_client(self, number: int, activity: str, done: int, clients: int) -> None:
+        self.progress.on_client(number, f"{activity} on the backbone, for comparison", done, clients)
+
+    def on_round(self, record: RoundRecord) -> None: ...
+
+
+def _check_delivery(plan: Plan, request: Request, model_folder: Path) -> None:
+    """Raises PlanError or RunError where what is to be delivered cannot be, before any work."""
+    if plan.delivery.kind == "adapter":
+        if (model_folder / OWNER_ONLY).exists():
+            raise PlanError(
+                f"delivery.kind = \"adapter\" gives clients the backbone, which is marked {OWNER_ONLY}",
+                where=request.plan,
+                hint='Use delivery.kind = "emulator".',
+            )
+        if request.emulator or request.public:
+            raise RunError("--emulator and --public are for a Plan with delivery.kind = \"emulator\"")
+    elif request.flower and plan.delivery.redistill_every:
+        raise RunError(
+            "Flower's engine cannot change the emulator in the middle of a run",
+            hint="Leave --engine flower out, or delivery.redistill_every.",
+        )
+
+
+def _emulator(plan: Plan, request: Request, folder: RunFolder, info: RunInfo, progress: Progress) -> Path:
+    """The folder of the run's emulator, made now where it is this run's own and not there yet."""
+    assert info.emulator is not None
+    emulator = Path(info.emulator)
+    if emulator == folder.emulator_folder.absolute() and not is_emulator(emulator):
+        build.build(plan, Path(info.backbone), emulator, build.Request(data=request.public), progress)
+    check_emulator(plan, emulator)
+    if not folder.text.exists():
+        keep_text(plan, info, folder, request.public)
+    return emulator
 
 
 def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:

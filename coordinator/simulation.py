@@ -32,7 +32,7 @@ from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 
 from .accounts import accounts
-from .conductor import Conductor, Round, Traffic
+from .conductor import Conductor, Owner, Round, Traffic
 from .runs import Checkpoint, RoundRecord, RunFolder
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class Fleet:
         self._bench = bench
         self._sources = {client.name: client for client in clients}
         self._kept: OrderedDict[str, tuple[ClientData, int]] = OrderedDict()
+
+    def use(self, bench: Bench) -> None:
+        """Have all clients work at this bench from now on."""
+        self._bench = bench
 
     @property
     def names(self) -> list[str]:
@@ -284,7 +288,16 @@ class FolderJournal:
 class Simulation:
     """Carries tasks to simulated clients and their replies back, in this process."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, fleet: Fleet, faults: Faults, observer: Observer) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        fleet: Fleet,
+        faults: Faults,
+        observer: Observer,
+        owner: Owner | None = None,
+    ) -> None:
+        self._owner = owner
         self._plan, self._fleet, self._faults, self._observer = plan, fleet, faults, observer
         self._run = folder.info.run
         self._journal = FolderJournal(folder, observer)
@@ -311,7 +324,7 @@ class Simulation:
         Raises:
             PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
-        return Conductor(self._plan, self._run, self, self._journal, self._accounts).go(initial)
+        return Conductor(self._plan, self._run, self, self._journal, self._accounts, self._owner).go(initial)
 
     def now(self) -> float:
         return 0.0

@@ -19,6 +19,7 @@ from farfield.protocols.errors import PlanError, RunError, StorageError
 from . import plans
 from .accounts import accounts
 from .home import Home
+from .offsite import check_emulator, keep_text
 from .runs import RoundRecord, RunFolder, RunInfo
 from .storage import BundleRow, Run, RunState, Store
 
@@ -32,11 +33,19 @@ class Watcher(Protocol):
     def on_round(self, record: RoundRecord) -> None: ...
 
 
-def submit(path: Path, home: Home, store: Store, now: datetime) -> Run:
+def submit(
+    path: Path, home: Home, store: Store, now: datetime, emulator: Path | None = None, public: Path | None = None
+) -> Run:
     """Check the Plan and its backbone, and put the run into the queue.
+
+    Args:
+        emulator: what clients get instead of the backbone, where the Plan says so.
+        public: the owner's own text, by which adapter and emulator are judged; None is what the emulator was made with.
 
     Raises:
         PlanError, BackboneError: what has to be put right before anything could run.
+        EmulatorError, DataError: the emulator is missing or was made for another Plan, or the text cannot be used.
+        BundleError: the backbone is its owner's only.
         PrivacyError: it would pass the budget of its population.
     """
     plan = plans.load(path)
@@ -50,11 +59,26 @@ def submit(path: Path, home: Home, store: Store, now: datetime) -> Run:
         account.begin(0)
     folder = backbone.resolve(plan.model.backbone, path.absolute().parent).resolve()
     backbone.check(folder)
-    manifest = bundle.describe(folder, "backbone")
+    if (emulator is None) != (plan.delivery.kind == "adapter"):
+        raise PlanError(
+            f"delivery.kind = {plan.delivery.kind!r}" + (" ships an emulator" if emulator is None else " ships none"),
+            where=path,
+            hint="Give the folder that `coordinator emulator build` wrote with --emulator."
+            if emulator is None
+            else "Leave --emulator out.",
+        )
+    if emulator is not None:
+        emulator = emulator.resolve()
+        check_emulator(plan, emulator)
+    shipped = folder if emulator is None else emulator
+    manifest = bundle.describe(shipped, "backbone" if emulator is None else "emulator")
     name = f"{now.astimezone():%Y%m%d-%H%M%S}-{path.stem}-{secrets.token_hex(2)}"
-    info = RunInfo(name, plan.digest, str(folder), backbone.fingerprint(folder))
+    fingerprint = backbone.fingerprint(folder)
+    info = RunInfo(name, plan.digest, str(folder), fingerprint, emulator=str(emulator) if emulator else None)
     made = RunFolder.create(home.runs / name, info, path.read_text(encoding="utf-8"))
-    store.add_bundle(BundleRow(manifest.digest, manifest.kind, folder, manifest.canonical()))
+    if emulator is not None:
+        keep_text(plan, info, made, public)
+    store.add_bundle(BundleRow(manifest.digest, manifest.kind, shipped, manifest.canonical()))
     run = Run(name, plan.canonical(), plan.digest, manifest.digest, made.path, RunState.QUEUED, "", now)
     store.add_run(run)
     return run

@@ -46,8 +46,17 @@ class Consent(Section):
     ] = ()
     backbones: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...],
-        Field(strict=False, description="Backbones that are allowed, by the digest of their bundle; [] allows any."),
+        Field(strict=False, description="Backbones and emulators that are allowed, by the digest of their bundle; [] allows any."),
     ] = ()
+    deliveries: Annotated[
+        tuple[Literal["adapter", "emulator"], ...],
+        Field(
+            strict=False,
+            min_length=1,
+            description='What may be fetched to train on: with "adapter" the whole backbone, with "emulator" a '
+            "compressed stand-in for most of it.",
+        ),
+    ] = ("adapter", "emulator")
     protections: Annotated[
         tuple[Literal["sealed", "secagg"], ...],
         Field(
@@ -187,6 +196,9 @@ def _refusals(consent: Consent, request: Request, now: datetime) -> Iterator[tup
     plan, training = request.plan, request.plan.training
     if plan.protection.kind not in consent.protections:
         yield "protections", _listed(consent.protections), f"sends updates with protection {plan.protection.kind!r}"
+    if plan.delivery.kind not in consent.deliveries:
+        fetched = "an emulator" if plan.delivery.kind == "emulator" else "the backbone itself"
+        yield "deliveries", _listed(consent.deliveries), f"has clients fetch {fetched}"
     if consent.methods and plan.tuning.kind not in consent.methods:
         yield "methods", _listed(consent.methods), f"uses the tuning method {plan.tuning.kind!r}"
     if consent.backbones and request.backbone not in consent.backbones:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from farfield.emulator import methods
+from farfield.emulator.layout import is_emulator
 from farfield.protocols import plan as plans
 from farfield.protocols.envelope import Charter, Identity, Opened, close_reply, open_task
 from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
@@ -146,6 +147,9 @@ class Participant:
         gc.collect()  # the old backbone goes before the new one comes
         self._report(charter.run, number, "fetching the backbone")
         folder = self._fetch(charter.backbone)
+        if is_emulator(folder) != (plan.delivery.kind == "emulator"):
+            found = "an emulator" if is_emulator(folder) else "a whole backbone"
+            raise TrustError(f"the Plan's delivery.kind is {plan.delivery.kind!r}, and what was sent is {found}")
         self._report(charter.run, number, "loading the backbone")
         bench = Bench(plan, folder)
         self.loads += 1

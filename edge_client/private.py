@@ -16,6 +16,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch.nn.functional import cross_entropy
 
+from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
 from farfield.kernels import clip
 from farfield.protocols.plan import Training
@@ -27,7 +28,7 @@ from farfield.protocols.tensors import State
 
 from .data import IGNORED, Example, collate
 from .per_example import Recorder, recording
-from .train import MasterWeights, Outcome, forward, learning_rate, make_optimizer
+from .train import Outcome, forward, learning_rate, make_optimizer
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]

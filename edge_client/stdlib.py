@@ -1,15 +1,7 @@
-"""Python's own standard library as a data set: code for the backbone, prose for the clients.
+"""The clients' side of the standard library: prose, dealt to as many clients as a demonstration wants.
 
-Everything that Farfield ships runs without a download, so its demonstration reads the one corpus that every user has:
-the library of the interpreter that runs it. The corpus is cut twice.
-
-* By *unit* (a top-level package or module): the units in `CLIENT_UNITS`, and the test files that belong to them, are
-  the clients'. All others are the backbone's.
-* By *kind of text*: the backbone is trained on code with its docstrings and comments removed; the clients hold those
-  docstrings and comments. So the clients have something that the backbone has still to learn.
-
-`examples/pretrain_backbone.py` uses the backbone's side and measures on the clients' side; `clients` deals the prose
-to as many clients as a demonstration wants.
+`farfield.emulator.stdlib` says how the library is cut. The clients hold the docstrings and comments of `CLIENT_UNITS`:
+of these the backbone has seen nothing, neither the units nor text of this kind.
 """
 
 from __future__ import annotations
@@ -18,33 +10,16 @@ import ast
 import inspect
 import io
 import re
-import sysconfig
 import textwrap
 import tokenize
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
+from farfield.emulator.stdlib import CLIENT_UNITS, docstrings, files, is_test, owner, parse, read
 from farfield.protocols.errors import DataError
-
-CLIENT_UNITS: tuple[str, ...] = (
-    "concurrent", "configparser", "difflib", "doctest", "ftplib", "heapq", "html", "imaplib", "json", "multiprocessing",
-    "optparse", "pdb", "smtplib", "socketserver", "textwrap", "threading", "turtle", "urllib", "uuid", "xml", "xmlrpc",
-)  # fmt: skip
-"""Units that every Python installation has, chosen for much prose. The backbone has never seen a line of them."""
-
-_TEST_OWNERS = {
-    "docxmlrpc": "xmlrpc", "dom": "xml", "expat": "xml", "fork1": "threading", "minidom": "xml", "pulldom": "xml",
-    "pyexpat": "xml", "robotparser": "urllib", "sax": "xml", "thread": "threading",
-}  # fmt: skip
-"""Test files whose name does not begin with the unit they exercise."""
-
-_SKIPPED = frozenset({"site-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3", "idlelib", "turtledemo"})
-"""Installed packages, generated tables, and packages that several distributions leave out."""
 
 MIN_PROSE_CHARS = 40
 """Shorter docstrings and comments ("# XXX", "Return self.") say nothing that can be learnt."""
@@ -65,103 +40,17 @@ _FOR_TOOLS = re.compile(
 """A comment line that speaks to an editor, a linter or a version control system."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file of the library: the unit that owns it, its path below the library's folder, and its text."""
-
-    unit: str
-    path: PurePosixPath
-    text: str
-
-    @property
-    def is_test(self) -> bool:
-        return bool({"test", "tests"} & set(self.path.parts[:-1]))
-
-
-def owner(path: PurePosixPath) -> str:
-    """The unit that `path` (relative to the library's folder) belongs to; a test file belongs to what it tests."""
-    head = path.parts[0].removesuffix(".py")
-    if head != "test":
-        return head.lstrip("_") or head
-    name = (path.parts[1] if len(path.parts) > 1 else "test").removesuffix(".py").lstrip("_").removeprefix("test_")
-    for prefix, unit in _TEST_OWNERS.items():
-        if name.startswith(prefix):
-            return unit
-    return max((unit for unit in CLIENT_UNITS if name.startswith(unit)), key=len, default="test")
-
-
-def sources(folder: Path | None = None) -> Iterator[Source]:
-    """Every readable Python file of the standard library in path order."""
-    root = folder or Path(sysconfig.get_path("stdlib"))
-    for file in sorted(root.rglob("*.py")):
-        path = PurePosixPath(file.relative_to(root).as_posix())
-        if _SKIPPED & set(path.parts) or path.parts[0].startswith(("config-", "lib-dynload")):
-            continue
-        text = _readable(file)
-        if text is not None:
-            yield Source(owner(path), path, text)
-
-
-def _readable(file: Path) -> str | None:
-    """The file's text, or None for the few that are deliberately no valid Python (data of the library's own tests)."""
-    found = _parsed(file)
-    return found and found[0]
-
-
-def _parsed(file: Path) -> tuple[str, ast.Module] | None:
-    try:
-        with tokenize.open(file) as stream:
-            text = stream.read()
-        return text, _tree(text)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return None
-
-
-def _tree(text: str) -> ast.Module:
-    """`ast.parse` without its warnings, which would be errors, and make a file unreadable, under `python -W error`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(text)
-
-
-def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                yield first.value
-
-
-def code(text: str) -> str:
-    """`text` with docstrings and comments removed, otherwise as it was written (runs of blank lines become one)."""
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-    for node in _docstrings(_tree(text)):
-        end = node.end_lineno or node.lineno
-        tail = lines[end - 1].encode()[node.end_col_offset :].decode()
-        lines[node.lineno - 1] = lines[node.lineno - 1].encode()[: node.col_offset].decode().rstrip() + tail
-        lines[node.lineno : end] = [""] * (end - node.lineno)
-    return re.sub(r"\n\s*\n+", "\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
-
-
 def prose(text: str) -> list[str]:
     """The docstrings and comment blocks of `text` in the order they stand in, each as one string.
 
     What is drawn (rules, underlines, borders of tables), lines for editors and linters, and code that was commented out
     are not prose and are left out, and so is every piece that is then shorter than `MIN_PROSE_CHARS`.
     """
-    return _prose(text, _tree(text))
+    return _prose(text, parse(text))
 
 
 def _prose(text: str, tree: ast.Module) -> list[str]:
-    found = [(node.lineno, _cleaned(inspect.cleandoc(str(node.value)))) for node in _docstrings(tree)]
+    found = [(node.lineno, _cleaned(inspect.cleandoc(str(node.value)))) for node in docstrings(tree)]
     found += [(row, _cleaned(block)) for row, block in _comment_blocks(text) if not _is_code(block)]
     return [piece for _, piece in sorted(found) if len(piece) >= MIN_PROSE_CHARS]
 
@@ -192,7 +81,7 @@ def _is_code(comment: str) -> bool:
     before a comment of its own ("Issue #13305: ...").
     """
     try:
-        statements = _tree(textwrap.dedent(comment)).body
+        statements = parse(textwrap.dedent(comment)).body
     except (SyntaxError, ValueError):
         return False
     return not all(isinstance(one, ast.Expr) and isinstance(one.value, ast.Name) for one in statements)
@@ -216,21 +105,15 @@ def client_prose(folder: Path | None = None) -> dict[str, list[str]]:
     client trains on what another one holds out. Leaves out a unit that this installation lacks or that holds
     less than `MIN_CLIENT_CHARS`.
     """
-    root = folder or Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[str]] = {unit: [] for unit in CLIENT_UNITS}
     seen: set[str] = set()
-    for entry in sorted(root.iterdir()):
-        if owner(PurePosixPath(entry.name)) not in found:
+    for path, file in files(folder, CLIENT_UNITS):
+        if is_test(path) or (parsed := read(file)) is None:
             continue
-        for file in sorted(entry.rglob("*.py")) if entry.is_dir() else [entry]:
-            path = PurePosixPath(file.relative_to(root).as_posix())
-            if file.suffix != ".py" or _SKIPPED & set(path.parts) or Source("", path, "").is_test:
-                continue
-            if parsed := _parsed(file):
-                for piece in _prose(*parsed):
-                    if piece not in seen:
-                        seen.add(piece)
-                        found[owner(path)].append(piece)
+        for piece in _prose(*parsed):
+            if piece not in seen:
+                seen.add(piece)
+                found[owner(path)].append(piece)
     return {unit: texts for unit, texts in found.items() if _size(texts) >= MIN_CLIENT_CHARS}
 
 

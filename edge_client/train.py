@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
 from farfield.kernels import cross_entropy
 from farfield.protocols.plan import Training
@@ -64,53 +64,6 @@ def learning_rate(training: Training, step: int, horizon: int) -> float:
             return training.learning_rate * (1 - progress)
         case "cosine":
             return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class MasterWeights:
-    """float32 values of the trained parameters, which the optimiser works on.
-
-    A bfloat16 parameter has 8 bits of mantissa, so most optimiser steps would round to nothing: the model computes with
-    the rounded parameter, and what it has really moved is kept here.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: State) -> None:
-        self._parameters = parameters
-        self._start = {name: torch.from_numpy(np.array(start[name])).to(p.device) for name, p in parameters.items()}
-        self._values = {name: value.clone() for name, value in self._start.items()}
-        self.publish()
-
-    @property
-    def values(self) -> list[torch.Tensor]:
-        return list(self._values.values())
-
-    @torch.no_grad()
-    def absorb(self) -> None:
-        """Take over what the tuning method itself has changed in the parameters since they were published."""
-        for name, parameter in self._parameters.items():
-            value = self._values[name]
-            value.copy_(torch.where(parameter == value.to(parameter.dtype), value, parameter.float()))
-
-    def take_gradients(self) -> None:
-        """Move the parameters' gradients to the masters; a parameter that got none counts as zero."""
-        for name, parameter in self._parameters.items():
-            value = self._values[name]
-            value.grad = torch.zeros_like(value) if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-
-    def pull_back(self, strength: float) -> None:
-        """Add the gradient of FedProx's term, μ/2 ‖w - w₀‖² (Li et al. 2020, eq. 2)."""
-        for name, value in self._values.items():
-            assert value.grad is not None
-            value.grad.add_(value - self._start[name], alpha=strength)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the parameters."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._values[name])
-
-    def update(self) -> State:
-        return {name: (value - self._start[name]).cpu().numpy() for name, value in self._values.items()}
 
 
 def train(

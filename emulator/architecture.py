@@ -8,8 +8,8 @@ blocks that map one width to another. A family that `transformers` adds tomorrow
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -61,6 +61,14 @@ class Architecture:
     head: tuple[str, ...]
     linears: tuple[Linear, ...]
     hidden_size: int
+
+    def within(self, blocks: Collection[int] | None) -> Architecture:
+        """The same, with the linear layers of these blocks only; None is all blocks."""
+        if blocks is None:
+            return self
+        inside = {str(number) for number in blocks}
+        kept = tuple(linear for linear in self.linears if _block_of(linear.path, self.blocks_path) in inside)
+        return replace(self, linears=kept)
 
     def keys_and_values(self) -> tuple[str, ...]:
         """Paths of the layers that make attention's keys and values, fused with the queries where the model fuses them.
@@ -162,8 +170,8 @@ def _linears(prefix: str, blocks: tuple[nn.Module, ...]) -> Iterator[Linear]:
     """The leaves that map one width to another: `nn.Linear`, its quantised kin, and the `Conv1D` of GPT-2."""
     for index, block in enumerate(blocks):
         for path, module in block.named_modules(prefix=f"{prefix}.{index}"):
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) is not None
-            if weight is None or next(module.children(), None) is not None:
+            bias = getattr(module, "bias", None) is not None
+            if next(module.children(), None) is not None:
                 continue
             if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
                 yield Linear(path, int(module.in_features), int(module.out_features), False, bias)

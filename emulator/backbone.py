@@ -135,22 +135,15 @@ def load_model(
         BackboneError: as `check` does; or the folder's model is not made for the task, or its weights are incomplete.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     check(folder)
-    config = _config(folder)
-    if task == "sequence-classification":
-        if labels is None:
-            raise BackboneError("a classifier needs to know how many classes there are", hint="Set model.labels.")
-        if config.num_labels != labels:  # setting it anew would lose the names of the classes
-            config.num_labels = labels
-    kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    config, kind = model_class(folder, task=task, labels=labels)
     with silent_transformers(), torch.random.fork_rng(devices=[]):
         # Weights that the checkpoint lacks are drawn while loading; not `torch.manual_seed`, which also seeds
         # accelerators, and those are not restored here.
         torch.default_generator.manual_seed(seed)
         try:
-            model, report = kind.from_pretrained(
+            model, report = cast("Any", kind).from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -170,6 +163,29 @@ def load_model(
     if task == "sequence-classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(folder, config)
     return cast("PreTrainedModel", model.requires_grad_(False).eval().to(device))
+
+
+def model_class(folder: Path, *, task: str, labels: int | None) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The configuration in `folder`, with so many classes, and the class that transformers has for it and the task.
+
+    Raises:
+        BackboneError: the configuration is not understood, or its model is not made for the task.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = _config(folder)
+    if task == "sequence-classification":
+        if labels is None:
+            raise BackboneError("a classifier needs to know how many classes there are", hint="Set model.labels.")
+        if config.num_labels != labels:  # setting it anew would lose the names of the classes
+            config.num_labels = labels
+    auto: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    kind = auto._model_mapping.get(type(config), None)
+    if kind is None:
+        raise BackboneError(
+            f"transformers cannot load a {config.model_type!r} for task {task!r}: it has no such model", where=folder
+        )
+    return config, kind[0] if isinstance(kind, tuple) else kind
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,12 +1,13 @@
-"""A bench: a backbone with a tuning method installed, loaded once and used by all that work in this process."""
+"""A bench: a backbone, or an emulator of it, with a tuning method installed; loaded once and used by all work here."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,52 +16,56 @@ from farfield.protocols.errors import MalformedMessage
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State
 
-from . import backbone
+from . import backbone, stored
+from .architecture import describe
+from .layout import Layout, Record, is_emulator
 from .methods import Setting, Tuned, TuningMethod
+from .split import renumbered, split
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Bench:
-    """The Plan's backbone, its tokenizer, and its tuning method installed.
+    """The Plan's backbone or an emulator of it, its tokenizer, and its tuning method installed.
 
     What is trained is in two parts: the adapter, which all clients share, and what each keeps at home, which most
-    methods do not have. Both are named float32 arrays.
+    methods do not have. Both are named float32 arrays. Blocks are numbered as in the backbone, so that what is trained
+    on an emulator is at home in the backbone as it is.
 
     Attributes:
         method: the tuning method.
         tuned: the model with the method installed, in evaluation mode.
+        record: that of the emulator; None where this is the backbone.
         frozen: digest, hexadecimal, of what the method added and does not train (FFA-LoRA's A, VeRA's projections); ""
             where there is nothing. Each machine draws it from the seed and never sends it, so it must be the same.
     """
 
     def __init__(self, plan: Plan, folder: Path, device: torch.device | None = None) -> None:
-        """Load the backbone in `folder`.
+        """Load the backbone or the emulator in `folder`.
 
         Raises:
             BackboneError, TuningError: the folder or the method cannot be used.
+            EmulatorError: the emulator was made for another Plan, or the Plan's split does not fit the backbone.
         """
         assert isinstance(plan.tuning, TuningMethod)
         self.plan = plan
         self.method = plan.tuning
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: PreTrainedTokenizerBase = backbone.load_tokenizer(folder)
-        model = backbone.load_model(
-            folder,
-            task=plan.model.task,
-            dtype=plan.model.dtype,
-            labels=plan.model.labels,
-            seed=plan.training.seed,
-            device=self.device,
-            attention=_attention(self.device, plan.data.max_length),
-        )
+        model, layout, self.record = loaded(plan, folder, self.device)
         before = {tensor.data_ptr() for tensor in _tensors(model).values()}
         steps = plan.training.rounds * plan.training.steps if plan.training.steps else None
-        self.tuned: Tuned = self.method.install(model, Setting(plan.model.task, plan.training.seed, steps))
+        path = describe(model).blocks_path
+
+        def named(name: str) -> str:
+            return renumbered(name, path, layout.origins) if layout else name
+
+        setting = Setting(plan.model.task, plan.training.seed, steps, layout.outer if layout else None, named)
+        self.tuned: Tuned = replace(self.method.install(model, setting), named=named)
         self.frozen = _digest(
             {
-                name: tensor
+                named(name): tensor
                 for name, tensor in _tensors(self.tuned.model).items()
                 if not tensor.requires_grad and tensor.data_ptr() not in before
             }
@@ -113,6 +118,31 @@ class Bench:
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
+
+
+def loaded(plan: Plan, folder: Path, device: torch.device) -> tuple[PreTrainedModel, Layout | None, Record | None]:
+    """The model in `folder` as the Plan wants it, and the layout of its blocks where not all of them are tuned.
+
+    Raises:
+        BackboneError: the folder cannot be used.
+        EmulatorError: the emulator was made for another Plan, or the Plan's split does not fit the backbone.
+    """
+    settings: Any = {
+        "task": plan.model.task,
+        "dtype": plan.model.dtype,
+        "labels": plan.model.labels,
+        "device": device,
+        "attention": _attention(device, plan.data.max_length),
+    }
+    if is_emulator(folder):
+        model, record = stored.load(folder, **settings)
+        record.check(plan, folder)
+        return model, record.layout, record
+    model = backbone.load_model(folder, seed=plan.training.seed, **settings)
+    if plan.delivery.ends is None:
+        return model, None, None
+    parts = split(len(describe(model).blocks), plan.delivery.ends, folder)
+    return model, Layout(parts, tuple(parts.middle)), None
 
 
 def _fits(state: State, parameters: Mapping[str, torch.nn.Parameter]) -> bool:

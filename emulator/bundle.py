@@ -22,8 +22,13 @@ from typing import Any, Final, Self
 from farfield.protocols.errors import BundleError
 
 from .backbone import _CONFIG, _INDEX, _TOKENIZER
+from .layout import LAYOUT, is_emulator
 
-KINDS: Final = ("backbone",)
+KINDS: Final = ("backbone", "emulator")
+
+OWNER_ONLY: Final = "OWNER_ONLY"
+"""A file of this name beside a backbone's weights, whatever is in it, keeps the backbone from ever being bundled."""
+
 CHUNK_BYTES: Final = 4 << 20
 """How long chunks are made; chosen by measuring, see `benchmarks/bundles.py`."""
 
@@ -192,14 +197,26 @@ class Manifest:
 
 
 def describe(folder: Path, kind: str = "backbone", *, chunk_bytes: int = CHUNK_BYTES) -> Manifest:
-    """The manifest of the model in `folder`: the files that `backbone.fingerprint` covers, and no others.
+    """The manifest of the model in `folder`: the files that `backbone.fingerprint` covers, an emulator's record, and
+    no others.
 
-    Reads every byte once, a chunk at a time.
+    Reads every byte once, a chunk at a time. All that is shipped has a manifest, so this is where a backbone that is
+    its owner's only is held back.
 
     Raises:
-        BundleError: a file cannot be read, changed meanwhile, or has a name that a bundle cannot carry.
+        BundleError: a file cannot be read, changed meanwhile, or has a name that a bundle cannot carry; or the folder
+            is not of this kind, or marked `OWNER_ONLY`.
     """
-    names = {_CONFIG, _INDEX, "generation_config.json"} | _TOKENIZER
+    if is_emulator(folder) != (kind == "emulator"):
+        what = "holds an emulator" if is_emulator(folder) else "holds no emulator"
+        raise BundleError(f"{what}, and is to be shipped as a{'n' if kind == 'emulator' else ''} {kind}", where=folder)
+    if kind == "backbone" and (folder / OWNER_ONLY).exists():
+        raise BundleError(
+            f"the backbone is marked {OWNER_ONLY}: it never leaves its owner",
+            where=folder,
+            hint='Ship an emulator of it: delivery.kind = "emulator".',
+        )
+    names = {_CONFIG, _INDEX, LAYOUT, "generation_config.json"} | _TOKENIZER
     try:
         found = sorted(one.name for one in folder.iterdir() if one.name in names or one.suffix == ".safetensors")
         files = tuple(_describe_file(folder, name, chunk_bytes) for name in found)

@@ -3,7 +3,7 @@
     python examples/pretrain_backbone.py train --steps 1500     # resumes where it stopped
     python examples/pretrain_backbone.py measure                # bits per byte against xz and gzip; the model's card
 
-The data is the code of every standard-library unit that no client holds (`farfield.edge_client.stdlib`), without
+The data is the code of every standard-library unit that no client holds (`farfield.emulator.stdlib`), without
 docstrings and comments. The learning rate is constant until the last fifth of the steps and then falls linearly to
 zero, so `--steps` may be raised or lowered while a run is under way. Matrices are trained with Muon, embeddings and
 norms with AdamW. Everything is kept under `--work` until `measure` writes the finished model.
@@ -16,6 +16,7 @@ import lzma
 import math
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from farfield.edge_client import stdlib
+from farfield.emulator import stdlib
 from farfield.emulator.backbone import silent_transformers
 
 VOCABULARY = 3072
@@ -59,13 +60,9 @@ def configuration() -> LlamaConfig:
     )
 
 
-def corpus(of_clients: bool) -> list[stdlib.Source]:
-    """The sources of one side of the split, their text reduced to code."""
-    return [
-        stdlib.Source(source.unit, source.path, stdlib.code(source.text))
-        for source in stdlib.sources()
-        if (source.unit in stdlib.CLIENT_UNITS) == of_clients
-    ]
+def held_out() -> list[stdlib.Source]:
+    """The sources that are the clients', their text reduced to code."""
+    return [replace(source, text=stdlib.code(source.text)) for source in stdlib.sources(of_clients=True)]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -99,7 +96,7 @@ def prepared(work: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor]:
     stream = work / "tokens.safetensors"
     if stream.exists():
         return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"), load_file(stream)["tokens"].long()
-    texts = [source.text for source in corpus(of_clients=False)]
+    texts = list(stdlib.backbone_texts())
     tokenizer = train_tokenizer(texts)
     tokens = encode(tokenizer, texts)
     tokenizer.save_pretrained(work / "tokenizer")
@@ -234,10 +231,10 @@ def measure(work: Work = Path("runs/pretrain"), target: Path = TARGET) -> None:
     step = restore(work / "checkpoint.safetensors", model, chosen)
     model.bfloat16().eval()  # type: ignore[no-untyped-call]
     rows = []
-    held_out = corpus(of_clients=True)
+    unseen = held_out()
     for label, chosen_files in (
-        ("all held-out files", held_out),
-        ("without their tests", [source for source in held_out if not source.is_test]),
+        ("all held-out files", unseen),
+        ("without their tests", [source for source in unseen if not source.is_test]),
     ):
         texts = [source.text for source in chosen_files]
         raw = "".join(texts).encode()

@@ -4,6 +4,7 @@
     ├── PlanError            the Plan, or a Plan that does not fit the run
     ├── BackboneError        a model folder that cannot be used
     ├── TuningError          a tuning method that does not fit the model
+    ├── EmulatorError        an emulator that cannot be made, or does not fit its Plan or its backbone
     ├── DataError            a client's data
     ├── RunError             a run folder: missing, of another Plan, or on a full disk
     ├── HomeError            the folder of a coordinator or an edge client, or the settings in it
@@ -59,6 +60,10 @@ class BackboneError(FarfieldError):
 
 class TuningError(FarfieldError):
     """A tuning method that does not fit the model."""
+
+
+class EmulatorError(FarfieldError):
+    """An emulator cannot be made, or does not fit its Plan or its backbone."""
 
 
 class DataError(FarfieldError):

@@ -50,10 +50,12 @@ class Settings(BaseModel):
 class Model(Settings):
     """The backbone and what it is for.
 
-    `backbone` is `builtin:<name>` or the path of a local Hugging Face folder, relative to the Plan's own folder.
+    `backbone` is `builtin:<name>` or the path of a local Hugging Face folder, relative to the Plan's own folder. With
+    `owner_only` it never leaves its owner: clients get an emulator of it.
     """
 
     backbone: Annotated[str, Field(min_length=1)]
+    owner_only: bool = False
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     labels: Annotated[int, Field(ge=2)] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -77,6 +79,11 @@ class TuningSettings(Settings):
     def by_example(self) -> bool:
         """Whether all that it trains has a gradient of each example of its own, as DP-SGD needs it."""
         return False
+
+    @property
+    def by_block(self) -> bool:
+        """Whether it can be kept to some blocks of a model, and does not depend on how many others there are."""
+        return True
 
 
 class Data(Settings):
@@ -201,10 +208,73 @@ class Evaluation(Settings):
 
 
 class Delivery(Settings):
-    """What is shipped to clients, and the number format of tensors on the wire."""
+    """What is shipped to clients, and the number format of tensors on the wire.
+
+    With `adapter` they get the backbone, and tune all of its blocks, or its `first` and `last` ones where these are
+    given. With `emulator` they get those blocks and, instead of what lies between them, the stand-in that `[emulator]`
+    describes (Offsite-Tuning; Xiao et al. 2023); 2 and 2 where nothing is given. What they tune fits the backbone.
+
+    Every `plug_in_every` rounds the coordinator puts the adapter into the backbone and measures both, on text of its
+    own. Every `redistill_every` rounds it distils the stand-in anew, with the adapter as it is then.
+    """
 
     kind: Literal["adapter", "emulator"] = "adapter"
     dtype: Literal["bfloat16", "float32"] = "float32"
+    first: PositiveInt | None = None
+    last: PositiveInt | None = None
+    plug_in_every: PositiveInt = 1
+    redistill_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _both_ends(self) -> Self:
+        if (self.first is None) != (self.last is None):
+            raise ValueError("give 'first' and 'last' together: the blocks at both ends that are tuned")
+        if self.kind == "adapter" and self.redistill_every:
+            raise ValueError("'redistill_every' goes with kind = \"emulator\"")
+        return self
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """How many blocks are tuned at the beginning and at the end (l and r); None is all blocks."""
+        if self.first is not None and self.last is not None:
+            return self.first, self.last
+        return (2, 2) if self.kind == "emulator" else None
+
+
+class Emulator(Settings):
+    """What stands in for the blocks between those that are tuned, for `delivery.kind = "emulator"`.
+
+    `blocks` of them remain; where it is left out, all of those that are compressed in another way, and half of them
+    otherwise. They are spaced evenly (`uniform`; Xiao et al. 2023, section 3.3), or are one of each cluster of similar
+    neighbours, repeated to restore the depth (`clusters`; CRaSh, Zhang et al. 2023), or those that change the stream
+    most (`influence`; ShortGPT, Men et al. 2024, eq. 1), or those without which the gradients of the tuned blocks
+    change most (`gradient`; after GradOT, Zhang et al. 2025).
+
+    `low_rank` is the share of their linear layers' parameters that is left when these are factorised; `nf4` stores
+    what remains in 4 bits.
+    """
+
+    select: Literal["uniform", "clusters", "influence", "gradient"] = "uniform"
+    blocks: PositiveInt | None = None
+    low_rank: Annotated[float, Field(gt=0, lt=1)] | None = None
+    quantization: Literal["none", "nf4"] = "none"
+
+
+class Distillation(Settings):
+    """How the stand-in is trained to do what it stands for, on public text: `steps` at most; 0 leaves it as it is.
+
+    The loss is `lm_weight` times the language model's own plus `hidden_weight` times the relative squared distance of
+    the stream after the middle (Xiao et al. 2023, section 3.3). It is measured on held-out public text every
+    `check_every` steps, and training stops when it has not improved `patience` times in a row; the best is kept.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 200
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 1e-3
+    lm_weight: NonNegativeFloat = 1.0
+    hidden_weight: PositiveFloat = 30.0
+    check_every: PositiveInt = 50
+    patience: PositiveInt = 3
 
 
 class Protection(Settings):
@@ -283,7 +353,6 @@ class Privacy(Settings):
 
 _NOT_YET = {
     ("model", "quantization"): ("none",),
-    ("delivery", "kind"): ("adapter",),
 }
 """Values that this release can honour, where the format already knows more."""
 
@@ -299,6 +368,8 @@ class Plan(Settings):
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
     delivery: Delivery = Delivery()
+    emulator: Emulator = Emulator()
+    distillation: Distillation = Distillation()
     protection: Annotated[Protection, Field(validate_default=True)] = Protection()
     privacy: Privacy = Privacy()
 
@@ -351,6 +422,20 @@ class Plan(Settings):
             value = getattr(getattr(self, section), key)
             if value not in possible:
                 raise ValueError(f"{section}.{key} = {value!r} is not available in this release; use {possible[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_is_its_owners(self) -> Self:
+        if self.model.owner_only and self.delivery.kind != "emulator":
+            raise ValueError(
+                "model.owner_only = true: the backbone never leaves its owner, and "
+                f'delivery.kind = "{self.delivery.kind}" ships it; use "emulator"'
+            )
+        if self.delivery.ends and not self.tuning.by_block:
+            raise ValueError(
+                f"tuning.kind = {self.tuning.kind!r} reaches into every block, and with delivery.first and "
+                "delivery.last only the blocks at the ends are tuned; use 'lora' or 'full', for instance"
+            )
         return self
 
     @model_validator(mode="after")
@@ -429,6 +514,19 @@ class Plan(Settings):
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, in hexadecimal."""
         return hashlib.sha256(self.canonical()).hexdigest()
+
+    @property
+    def emulator_digest(self) -> str:
+        """SHA-256, in hexadecimal, of all in the Plan that an emulator depends on; Plans alike in it can share one."""
+        parts = {
+            "model": self.model.model_dump(mode="json"),
+            "ends": self.delivery.ends,
+            "emulator": self.emulator.model_dump(mode="json"),
+            "distillation": self.distillation.model_dump(mode="json"),
+            "length": self.data.max_length,
+            "seed": self.training.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 TuningKinds: TypeAlias = Mapping[str, type[TuningSettings]]

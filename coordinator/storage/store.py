@@ -262,6 +262,11 @@ class Store:
             row = db.execute(select(bundles).where(bundles.c.digest == digest)).one_or_none()
         return None if row is None else BundleRow(**{**row._mapping, "folder": self._base / row.folder})
 
+    def ship(self, run: str, digest: str) -> None:
+        """Have the clients of the run fetch another bundle from now on."""
+        with self._database.writing() as db:
+            db.execute(update(runs).where(runs.c.name == run).values(backbone=digest))
+
     def may_fetch(self, digest: str) -> bool:
         """Whether a queued or running run has this bundle as its backbone."""
         wanted = exists().where(runs.c.backbone == digest, runs.c.state.in_(_OPEN))

@@ -58,7 +58,7 @@ class FedSb(TuningMethod):
     def install(self, model: PreTrainedModel, setting: Setting) -> Tuned:
         tuned = self._lora().install(model, setting)
         for path, layer in _layers(tuned.model):
-            self._rebuild(path, layer, setting.seed)
+            self._rebuild(path, layer, derive(setting.seed, "fed-sb", setting.named(path)))
         return tuned
 
     def merge(self, tuned: Tuned) -> PreTrainedModel:
@@ -85,9 +85,7 @@ class FedSb(TuningMethod):
                 hint="Lower tuning.rank, or leave the layer out of tuning.targets.",
             )
         weight = dequantize_module_weight(layer.get_base_layer()).detach()
-        rows, columns = _subspaces(
-            weight.T if layer.fan_in_fan_out else weight, self.rank, derive(seed, "fed-sb", path)
-        )
+        rows, columns = _subspaces(weight.T if layer.fan_in_fan_out else weight, self.rank, seed)
         a.data = rows.T.contiguous().to(a)
         basis = _linear(columns.to(b))
         core = _linear(b.new_zeros(self.rank, self.rank)).requires_grad_(True)

@@ -28,11 +28,15 @@ class Setting:
         seed: what the initial values are drawn from, on the CPU, so that every machine draws the same.
         steps: optimiser steps that one client makes over all rounds, for methods that follow a schedule; None where the
             budget is in epochs, so that every client makes as many as its data want.
+        blocks: the numbers of the blocks, counted in this model, that may be tuned; None is all.
+        named: what a module or parameter of the model is called in the backbone, which may have more blocks.
     """
 
     task: str
     seed: int
     steps: int | None
+    blocks: tuple[int, ...] | None = None
+    named: Callable[[str], str] = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,17 @@ class Tuned:
         before_training: called before the first step of each task. What a task does depends on nothing but the task, so
             a method forgets here whatever it has gathered before; a model may serve many clients in turn.
         after_backward: called with the number of the step (from 0, over all rounds) between backward and the optimiser.
+        named: what a parameter of the model is called elsewhere; as in the model, by default.
     """
 
     model: torch.nn.Module
     before_training: Callable[[], None] | None = field(default=None, kw_only=True)
     after_backward: Callable[[int], None] | None = field(default=None)
+    named: Callable[[str], str] = field(default=str, kw_only=True)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, in the order of the names: what a round sends out and gets back."""
-        return dict(sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad))
+        return dict(sorted((self.named(name), p) for name, p in self.model.named_parameters() if p.requires_grad))
 
 
 class TuningMethod(TuningSettings, ABC):

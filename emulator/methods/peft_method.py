@@ -6,7 +6,6 @@ A method's own file says what is particular to it, as an `Adapter`; nothing here
 from __future__ import annotations
 
 import copy
-import logging
 import re
 import warnings
 from abc import abstractmethod
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from farfield.emulator.architecture import Architecture, Linear
-
-# `peft` imports bitsandbytes where that is installed, and on processors with AVX512-BF16 it regrets on stderr that it
-# found no kernel on the hub. There is nothing to be done about it, and it looks like a fault.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 # TOML has lists only; a tuple keeps the settings immutable.
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
@@ -92,7 +87,7 @@ class PeftMethod(TuningMethod):
 
         from farfield.emulator.architecture import describe
 
-        architecture = describe(model)
+        architecture = describe(model).within(setting.blocks)
         if setting.task == "sequence-classification" and not architecture.head:
             raise TuningError("the model has no classification head", where=type(model).__name__)
         adapter = self.adapter(model, architecture, setting)

@@ -41,6 +41,10 @@ class PrefixTuning(PeftMethod):
         return True
 
     @property
+    def by_block(self) -> bool:
+        return False
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=not self.projection)
 

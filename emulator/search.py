@@ -1,0 +1,246 @@
+"""What an emulator can be made of, what that comes to, and the best of it under a budget of bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import nn
+
+from farfield.kernels import nf4
+from farfield.protocols.errors import EmulatorError
+from farfield.protocols.plan import Emulator
+
+from .architecture import describe
+from .assemble import assemble, tensors
+from .compress import SELECTIONS, tuned_gradient
+from .factorise import factorised, rank_of
+from .layout import Layout
+from .objective import mean_loss, predicts_tokens
+from .quantise import quantised
+from .split import Split
+from .streams import Batch, entering, tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARES: Final = (0.75, 0.5, 0.25)
+"""Shares of low-rank factors that a search tries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How the middle is compressed, with nothing left open; the keys of the Plan's `[emulator]`."""
+
+    select: str
+    blocks: int
+    low_rank: float | None = None
+    quantization: Literal["none", "nf4"] = "none"
+
+    def __str__(self) -> str:
+        low_rank = "" if self.low_rank is None else f", rank share {self.low_rank:g}"
+        return f"{self.blocks} blocks by {self.select}{low_rank}{', NF4' if self.quantization == 'nf4' else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near an emulator is to its backbone, before any distillation, on public text.
+
+    Attributes:
+        loss: the emulator's own, in nats per token; None for a classifier.
+        hidden: share of the stream after the middle that is wrong: mean(((T − S) / rms(T))²).
+        agreement: cosine of the tuned blocks' gradients on the emulator and on the backbone: whether a step that helps
+            the one helps the other.
+    """
+
+    loss: float | None
+    hidden: float
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A choice, the bytes of its stand-in, and what was measured."""
+
+    choice: Choice
+    size: int
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What emulators are made of: the backbone, its split, and public text."""
+
+    model: PreTrainedModel
+    split: Split
+    calibration: Sequence[Batch]
+
+
+def stated(settings: Emulator, split: Split, keep: int | None) -> Choice:
+    """What the Plan says, where it leaves the number of blocks open `keep` of them.
+
+    Raises:
+        EmulatorError: more blocks than there are; or the Plan and `keep` differ.
+    """
+    if keep is not None and settings.blocks not in (None, keep):
+        raise EmulatorError(
+            f"--keep {keep}, but the Plan says emulator.blocks = {settings.blocks}", hint="Leave one of them out."
+        )
+    depth = len(split.middle)
+    compressed = settings.low_rank is not None or settings.quantization != "none"
+    blocks = keep or settings.blocks or (depth if compressed else max(1, depth // 2))
+    if blocks > depth:
+        raise EmulatorError(f"{blocks} blocks are to remain, and the middle has {depth}", hint="Lower emulator.blocks.")
+    return Choice(settings.select, blocks, settings.low_rank, settings.quantization)
+
+
+def compressed(material: Material, choice: Choice) -> tuple[PreTrainedModel, Layout]:
+    """The emulator that the choice stands for, but for its 4 bits, which come after distillation."""
+    chosen = SELECTIONS[choice.select](material.model, material.split, choice.blocks, material.calibration)
+    layout = Layout(material.split, chosen)
+    emulator = assemble(material.model, layout)
+    if choice.low_rank is not None:
+        return factorised(emulator, layout, choice.low_rank, material.calibration)
+    return emulator, layout
+
+
+def finished(emulator: PreTrainedModel, layout: Layout, choice: Choice) -> tuple[PreTrainedModel, Layout]:
+    """The same, in the number format that the choice says."""
+    return quantised(emulator, layout) if choice.quantization == "nf4" else (emulator, layout)
+
+
+def middle_bytes(model: nn.Module, numbers: Sequence[int]) -> int:
+    """Bytes of the tensors in these blocks as a file holds them, shared ones once."""
+    path = describe(model).blocks_path  # type: ignore[arg-type]
+    inside = tuple(f"{path}.{number}." for number in numbers)
+    return sum(one.nbytes for name, one in tensors(model).items() if name.startswith(inside))
+
+
+def fidelity(material: Material, emulator: PreTrainedModel, layout: Layout, whole: torch.Tensor) -> Fidelity:
+    """How near the emulator is to the backbone, whose `tuned_gradient` is `whole`, on the calibration text."""
+    split = material.split
+    behind = describe(material.model).blocks[split.depth - split.last]
+    entry = describe(emulator).blocks[layout.inner.stop]
+    wrong = 0.0
+    with torch.no_grad():
+        for batch in material.calibration:
+            wanted = tokens(entering(material.model, behind, batch), batch)
+            given = tokens(entering(emulator, entry, batch), batch)
+            wrong += float(((wanted - given) / wanted.square().mean().sqrt()).square().mean())
+    gradient = tuned_gradient(emulator, layout.outer, material.calibration)
+    return Fidelity(
+        mean_loss(emulator, material.calibration) if predicts_tokens(emulator) else None,
+        wrong / len(material.calibration),
+        float(torch.cosine_similarity(whole, gradient, dim=0)),
+    )
+
+
+def search(
+    material: Material, budget: int, kept: Path, on_candidate: Callable[[Candidate, int, int], None]
+) -> tuple[Candidate, ...]:
+    """Candidates of at most `budget` bytes, the best first: the one whose gradients agree most with the backbone's.
+
+    First the ways to select blocks are compared, with as many as fit and with half of them; then, with the best way,
+    factors and 4 bits, which leave room for more blocks.
+
+    Args:
+        kept: a file where what was measured is kept; what it holds is not measured again.
+
+    Raises:
+        EmulatorError: not even one block fits.
+    """
+    done = _read(kept)
+    whole = tuned_gradient(material.model, material.split.outer, material.calibration)
+
+    def measured(choice: Choice) -> Candidate:
+        if choice not in done:
+            emulator, layout = finished(*compressed(material, choice), choice)
+            size = middle_bytes(emulator, layout.inner)
+            done[choice] = Candidate(choice, size, fidelity(material, emulator, layout, whole))
+            _write(kept, done.values())
+        return done[choice]
+
+    first = list(_selections(material, budget))
+    if not first and not any(_combinations(material, budget, "uniform")):
+        smallest = min(_size(material, Choice("uniform", 1, share, "nf4")) for share in (None, *SHARES))
+        raise EmulatorError(
+            f"no stand-in of {budget:,} bytes can be made", hint=f"The smallest takes {smallest:,}: raise --budget-mb."
+        )
+    found: list[Candidate] = []
+    for choice in first:
+        found.append(measured(choice))
+        on_candidate(found[-1], len(found), len(first))
+    best = max(found, key=_score).choice.select if found else "uniform"
+    second = list(_combinations(material, budget, best))
+    for choice in second:
+        found.append(measured(choice))
+        on_candidate(found[-1], len(found), len(first) + len(second))
+    return tuple(sorted(found, key=_score, reverse=True))
+
+
+def _score(candidate: Candidate) -> float:
+    return candidate.fidelity.agreement
+
+
+def _selections(material: Material, budget: int) -> Iterator[Choice]:
+    most = _most(material, budget, None, "none")
+    for blocks in sorted({most, most // 2} - {0}, reverse=True):
+        every = blocks == len(material.split.middle)
+        yield from (Choice(select, blocks) for select in (("uniform",) if every else SELECTIONS))
+
+
+def _combinations(material: Material, budget: int, select: str) -> Iterator[Choice]:
+    quantizations: tuple[Literal["none", "nf4"], ...] = ("none", "nf4")
+    for quantization in quantizations:
+        for share in (None, *SHARES):
+            most = _most(material, budget, share, quantization)
+            if most and (share, quantization) != (None, "none"):
+                yield Choice(select, most, share, quantization)
+
+
+def _most(material: Material, budget: int, share: float | None, quantization: Literal["none", "nf4"]) -> int:
+    """The most blocks whose stand-in has at most `budget` bytes; 0 where none has."""
+    fitting = (
+        count
+        for count in range(len(material.split.middle), 0, -1)
+        if _size(material, Choice("uniform", count, share, quantization)) <= budget
+    )
+    return next(fitting, 0)
+
+
+def _size(material: Material, choice: Choice) -> int:
+    """Bytes of the stand-in, reckoned from the shapes of its first block; the others are taken to be like it."""
+    number = material.split.middle[0]
+    linears = describe(material.model).within([number]).linears
+    item = material.model.dtype.itemsize
+    matrices = [(linear.out_features, linear.in_features) for linear in linears]
+    rest = middle_bytes(material.model, [number]) - sum(rows * columns for rows, columns in matrices) * item
+    if choice.low_rank is not None:
+        ranks = [rank_of(linear, choice.low_rank) for linear in linears]
+        matrices = [
+            factor
+            for (rows, columns), rank in zip(matrices, ranks, strict=True)
+            for factor in ((rows, rank), (rank, columns))
+        ]
+    if choice.quantization == "nf4":
+        sizes = [nf4.sizes(rows, columns) for rows, columns in matrices]
+        return choice.blocks * (rest + sum(packed + 2 * scales for packed, scales in sizes))
+    return choice.blocks * (rest + item * sum(rows * columns for rows, columns in matrices))
+
+
+def _read(path: Path) -> dict[Choice, Candidate]:
+    if not path.exists():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    found = (Candidate(Choice(**row["choice"]), row["size"], Fidelity(**row["fidelity"])) for row in rows)
+    return {one.choice: one for one in found}
+
+
+def _write(path: Path, candidates: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps([asdict(one) for one in candidates], indent=1), encoding="utf-8")
+    partial.replace(path)
