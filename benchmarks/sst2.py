@@ -10,12 +10,14 @@ Every way is scored on the dev set, which none of them trains on:
 
 1. federated LoRA over ten clients, split by label with Dirichlet(0.5) (Hsu et al. 2019), five in each round; sealed,
    and again with secure aggregation;
-2. the same clients with example-level privacy, ε = 8 and 2: DP-SGD on Fed-SB, under secure aggregation;
+2. the same clients, all ten in each round, with example-level privacy, ε = 8 and 2: one step of DP-SGD a round on
+   Fed-SB, Adam at the server, under secure aggregation;
 3. five hundred clients with client-level privacy, ε = 8 and 2: Fed-SB, each client in one round of five, its noise
    added in shares before it is masked; and the same without noise and clipping;
 4. centralised LoRA and centralised full fine-tuning on the pooled data, as many steps of the same size as in 1.
 
-The ways of 1 and 4 share one learning rate. The dev set took no part in choosing anything.
+The ways of 1 and 4 share one learning rate. The dev set took no part in choosing anything. The settings of 2 were
+chosen on 1,500 sentences of the training set, held out in runs that its ε does not count.
 """
 
 from __future__ import annotations
@@ -78,11 +80,27 @@ def changed(sections: Sections, **changes: Mapping[str, Any]) -> Sections:
 
 # As many examples as any client holds, so that each weighs what it does in the sealed run.
 SECURE = changed(LORA, protection={"kind": "secagg", "weight_limit": 32_768})
-FEW = changed(
+# The upper half of the backbone: fewer values for the noise to fall on, and less to compute.
+UPPER = [
+    f"layer.{block}.{name}"
+    for block in (3, 4, 5)
+    for name in (
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+        "intermediate.dense", "output.dense",
+    )
+]  # fmt: skip
+# One step of everybody a round, so that the noise of ten clients is averaged before anything follows it.
+EVERYBODY = changed(
     SECURE,
-    tuning={"kind": "fed-sb", "rank": 8, "alpha": None, "dropout": 0.0},
-    training={"steps": 2, "learning_rate": 2e-2},
-)
+    tuning={"kind": "fed-sb", "rank": 32, "alpha": None, "dropout": 0.0, "targets": UPPER},
+    training={
+        "rounds": 60, "steps": 1, "batch_size": 64, "optimizer": "sgd", "learning_rate": 1.0, "schedule": "constant"
+    },
+    cohort={"fraction": 1.0},
+    aggregation={"server_optimizer": "adam", "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-4},
+    protection={"clip_range": 1.0},
+    evaluation={"every": 20},
+)  # fmt: skip
 MANY = changed(
     SECURE,
     tuning={"kind": "fed-sb", "rank": 4, "alpha": None, "dropout": 0.0},
@@ -94,8 +112,9 @@ MANY = changed(
 
 
 def by_example(epsilon: float) -> Sections:
-    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.03, "clipping_norm": 0.5}
-    return changed(FEW, privacy=privacy | {"delta": DELTA, "exact_evaluation": True})
+    # A lower norm clips the gradients of the rarer label only, once the other is predicted: no more is learnt then.
+    privacy = {"kind": "example", "target_epsilon": epsilon, "sampling_rate": 0.01, "clipping_norm": 2.0}
+    return changed(EVERYBODY, privacy=privacy | {"delta": DELTA, "exact_evaluation": True})
 
 
 def by_client(epsilon: float) -> Sections:
