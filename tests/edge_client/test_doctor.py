@@ -46,7 +46,9 @@ def test_doctor_finds_a_healthy_node_healthy(joined: Machine, coordinator: Coord
     assert "ward-3, certificate valid until" in found["keys"][1]
     assert f"localhost:{coordinator.fleet_port} answers" in found["fleet port"][1]
     assert "all 2 records" in found["data"][1] and "Seen by" not in done.stdout
-    assert found["consent"][1] == 'protections = ["sealed", "secagg"], min_cohort = 1, min_sum = 3'
+    assert found["consent"][1] == (
+        'deliveries = ["adapter", "emulator"], protections = ["sealed", "secagg"], min_cohort = 1, min_sum = 3'
+    )
 
 
 def test_doctor_names_every_problem_and_goes_on(tmp_path: Path) -> None:
