@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,27 +111,43 @@ def compared(
     Args:
         last: the end of the run on the emulator.
     """
+    whole = on_backbone(plan)
+    full = tuned_whole(whole, model_folder, clients, observer)
+    before, plugged, after = judged(whole, model_folder, clients, [None, last.adapter, full])
+    losses = before[0], last.record.eval_loss, plugged[0], after[0]
+    if any(one is None for one in losses):
+        return None
+    return Offsite(*(one for one in losses if one is not None))
+
+
+def tuned_whole(whole: Plan, model_folder: Path, clients: Sequence[Source], observer: Observer) -> State:
+    """The adapter at the end of a simulation of the Plan, of which nothing else is kept."""
     from farfield.emulator.bench import Bench
 
     from .runs import RunFolder, RunInfo
     from .simulation import Faults, Fleet, Simulation
 
-    whole = on_backbone(plan)
     bench = Bench(whole, model_folder)
-    fleet = Fleet(whole, bench, clients)
-    initial = bench.adapter()
-
-    def loss(adapter: State) -> float | None:
-        bench.load(adapter)
-        return _held_out(whole, bench, fleet)[0]
-
     with tempfile.TemporaryDirectory() as kept:
         folder = RunFolder.create(Path(kept) / "run", RunInfo("yardstick", whole.digest, str(model_folder), ""), "")
-        full = Simulation(whole, folder, fleet, Faults(), observer).go(initial).record.eval_loss
-    losses = loss(initial), last.record.eval_loss, loss(last.adapter), full
-    if any(one is None for one in losses):
-        return None
-    return Offsite(*(one for one in losses if one is not None))
+        simulation = Simulation(whole, folder, Fleet(whole, bench, clients), Faults(), observer)
+        return simulation.go(bench.adapter()).adapter
+
+
+def judged(
+    plan: Plan, model_folder: Path, clients: Sequence[Source], adapters: Iterable[State | None]
+) -> list[tuple[float | None, float | None]]:
+    """Loss and accuracy of each adapter in the backbone, on what the clients held out; None is an untrained one."""
+    from farfield.emulator.bench import Bench
+
+    from .simulation import Fleet
+
+    bench = Bench(plan, model_folder)
+    fleet, untrained, found = Fleet(plan, bench, clients), bench.adapter(), []
+    for adapter in adapters:
+        bench.load(untrained if adapter is None else adapter)
+        found.append(_held_out(plan, bench, fleet))
+    return found
 
 
 def on_backbone(plan: Plan) -> Plan:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from farfield.emulator.methods import TuningMethod, advice
@@ -15,9 +15,11 @@ from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism, promised
 
 from .conductor import improvement
+from .emulator_console import BuildLines
 from .results import Result
 from .runs import RoundRecord, RunInfo
 from .storage import Run
+from .terminal import bar, decimals, plain, size
 
 if TYPE_CHECKING:
     from farfield.emulator.distill import Check
@@ -35,32 +37,15 @@ _COLUMNS = (
 )
 
 
-def size(count: float) -> str:
-    """A number of bytes as a person reads it, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 class SimulationConsole:
     """Reports a simulation: rounds as lines of a table, the work within a round as a bar (on a terminal only)."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = bar(console)
         self._whole: TaskID | None = None
         self._part = self._bar.add_task("starting", total=None, visible=False)
+        self._build = BuildLines(console, self._show, indent=8)
         self.folder: Path | None = None
         """The run's folder, from the moment that there is one."""
 
@@ -75,16 +60,16 @@ class SimulationConsole:
         self.folder = folder
 
     def on_stage(self, what: str) -> None:
-        self._show(f"emulator: {what}", 0, 1)
+        self._build.on_stage(what)
 
     def on_candidate(self, candidate: Candidate, done: int, count: int) -> None:
-        self._show(f"emulator: {candidate.choice}", done, count)
+        self._build.on_candidate(candidate, done, count)
 
     def on_step(self, done: int, steps: int, loss: float) -> None:
-        self._show(f"emulator: distilling (loss {loss:.3f})", done, steps)
+        self._build.on_step(done, steps, loss)
 
     def on_check(self, check: Check) -> None:
-        self._console.print(f"        {told(check)}", highlight=False, markup=False, soft_wrap=True)
+        self._build.on_check(check)
 
     def on_preparing(self, done: int, clients: int) -> None:
         self._show("reading the clients' data", done, clients)
@@ -93,12 +78,7 @@ class SimulationConsole:
         self.folder = folder
         finished = max((record.round for record in done), default=0)
         state = f"resumed after round {finished}" if done else f"{rounds} rounds"
-        self._console.print(
-            f"Run {info.run} in {folder}: {info.clients} clients, {state}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        plain(self._console, f"Run {info.run} in {folder}: {info.clients} clients, {state}")
         self._whole = self._bar.add_task("rounds", total=rounds, completed=finished)
         _line(self._console, *(title for title, _ in _COLUMNS), style="bold")
         for record in done:
@@ -131,7 +111,7 @@ class RunConsole:
         self._said = ""
 
     def __enter__(self) -> RunConsole:
-        self._console.print(f"Run {self._name} in {self._folder}", highlight=False, markup=False, soft_wrap=True)
+        plain(self._console, f"Run {self._name} in {self._folder}")
         _line(self._console, *(title for title, _ in _COLUMNS), style="bold")
         self._status.start()
         return self
@@ -145,17 +125,11 @@ class RunConsole:
             detail = "waiting for the service, which does not run: coordinator serve"
         self._status.update(escape(detail))
         if detail.startswith("waiting") and detail != self._said and not self._console.is_terminal:
-            self._console.print(f"        {detail}", highlight=False, markup=False, soft_wrap=True)
+            plain(self._console, f"        {detail}")
             self._said = detail
 
     def on_round(self, record: RoundRecord) -> None:
         _row(self._console, record)
-
-
-def told(check: Check) -> str:
-    """What a distillation has come to, as a line."""
-    lm = f", loss alone {check.lm:.4f}" if check.lm else ""
-    return f"distilled {check.step} steps: {check.hidden:.1%} of the stream wrong{lm}"
 
 
 def _row(console: Console, record: RoundRecord) -> None:
@@ -163,20 +137,18 @@ def _row(console: Console, record: RoundRecord) -> None:
         console,
         str(record.round) if record.round else "start",
         str(record.clients) if record.round else "",
-        _number(record.train_loss),
-        _number(record.eval_loss),
+        decimals(record.train_loss),
+        decimals(record.eval_loss),
         "" if record.eval_accuracy is None else f"{record.eval_accuracy:.1%}",
         size(record.bytes_down),
         size(record.bytes_up),
         f"{record.seconds:.1f} s",
     )
     if record.plug_in_loss is not None:
-        console.print(
-            f"        the owner's text: {record.emulator_loss:.4f} on the emulator, {record.plug_in_loss:.4f} plugged in",
-            highlight=False,
-        )
+        said = f"{record.emulator_loss:.4f} on the emulator, {record.plug_in_loss:.4f} plugged in"
+        plain(console, f"        the owner's text: {said}")
     for node, problem in record.problems.items():
-        console.print(f"        {node}: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        plain(console, f"        {node}: {problem}", "yellow")
 
 
 def _line(console: Console, *cells: str, style: str = "") -> None:
@@ -192,8 +164,8 @@ def print_result(console: Console, result: Result) -> None:
     table.add_column(justify="right")
     table.add_column()
     gain = improvement(result.eval_loss_before, result.eval_loss_after)
-    table.add_row("Held-out loss before", _number(result.eval_loss_before), "text that no client trained on")
-    table.add_row("Federated", _number(result.eval_loss_after), "" if gain is None else f"{gain:.1%} lower")
+    table.add_row("Held-out loss before", decimals(result.eval_loss_before), "text that no client trained on")
+    table.add_row("Federated", decimals(result.eval_loss_after), "" if gain is None else f"{gain:.1%} lower")
     if result.centralised is not None:
         central = improvement(result.eval_loss_before, result.centralised.eval_loss)
         text = (
@@ -201,12 +173,14 @@ def print_result(console: Console, result: Result) -> None:
         )
         if gain is not None and central:
             text += f"; federated reaches {gain / central:.0%} of that"
-        table.add_row("Centralised", _number(result.centralised.eval_loss), text)
+        table.add_row("Centralised", decimals(result.centralised.eval_loss), text)
     if (offsite := result.offsite) is not None:
-        table.add_row("Backbone before", _number(offsite.zero_shot), "zero-shot")
-        table.add_row("Emulator, tuned", _number(offsite.emulator), "what the clients have")
-        table.add_row("Backbone, plugged in", _number(offsite.plug_in), f"{offsite.recovered:.1%} of what is to be gained")
-        table.add_row("Backbone, tuned itself", _number(offsite.full), "by the same federation, with the backbone")
+        table.add_row("Backbone before", decimals(offsite.zero_shot), "zero-shot")
+        table.add_row("Emulator, tuned", decimals(offsite.emulator), "what the clients have")
+        table.add_row(
+            "Backbone, plugged in", decimals(offsite.plug_in), f"{offsite.recovered:.1%} of what is to be gained"
+        )
+        table.add_row("Backbone, tuned itself", decimals(offsite.full), "by the same federation, with the backbone")
         if offsite.emulator <= offsite.plug_in:
             table.add_row("", "", "The tuned emulator is as good as the backbone: for this task it protects nothing.")
     console.print(table, highlight=False)
@@ -322,7 +296,3 @@ def print_plan(console: Console, plan: Plan) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table, highlight=False)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

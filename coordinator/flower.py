@@ -40,7 +40,7 @@ from .accounts import accounts
 from .asking import Verdict
 from .conductor import Conductor, Round, Traffic
 from .home import Home
-from .offsite import BackboneOwner
+from .owner import BackboneOwner
 from .results import conclude, save_adapter
 from .runs import Checkpoint, RunFolder
 from .storage import BundleRow, Node, Run, RunState, Store
@@ -149,7 +149,8 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
         account.begin(max((record.round for record in folder.records()), default=0))
     owner = None
     if info.emulator:
-        owner = BackboneOwner(parsed, folder, info, partial(_ship, store, run.name, carrier), _Distilling(roll))
+        deliver, at = partial(_ship, store, run.name, carrier), partial(Bench, parsed)
+        owner = BackboneOwner(parsed, folder, info, deliver, _Distilling(roll), at)
     last = Conductor(parsed, run.name, carrier, _Journal(folder, store, roll), account, owner).go(initial)
     if not any(record.clients for record in folder.records()):
         raise RunError(

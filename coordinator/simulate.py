@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from farfield.protocols.plan import Plan
 from . import engine, plans
 from .baseline import centralised, compared
 from .engine import Resources
-from .offsite import BackboneOwner, check_emulator, keep_text
+from .owner import BackboneOwner, check_emulator, keep_text
 from .results import Result, conclude, save_adapter
 from .runs import RoundRecord, RunFolder, RunInfo
 from .simulation import Faults, Fleet, Observer, Simulation, sources
@@ -108,7 +109,8 @@ def simulate(request: Request, progress: Progress) -> Result:
     new = RunInfo(
         name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
     )
-    bench = None if plan.delivery.kind == "emulator" else Bench(plan, model_folder)
+    at = lru_cache(2)(partial(Bench, plan))  # the emulator and the backbone stay loaded
+    bench = None if plan.delivery.kind == "emulator" else at(model_folder)
     if bench is not None:
         fleet = Fleet(plan, bench, clients, request.runs / name / "local")
         fleet.check(progress)
@@ -121,7 +123,7 @@ def simulate(request: Request, progress: Progress) -> Result:
     with folder.held():
         progress.on_folder(folder.path)
         if bench is None:
-            bench = Bench(plan, _emulator(plan, request, folder, info, progress))
+            bench = at(_emulator(plan, request, folder, info, progress))
             fleet = Fleet(plan, bench, clients, folder.local_folder)
             fleet.check(progress)
         initial = bench.adapter()
@@ -129,13 +131,12 @@ def simulate(request: Request, progress: Progress) -> Result:
         progress.on_start(folder.path, info, done, plan.training.rounds)
         owner = None
         if info.emulator:
-            owner = BackboneOwner(plan, folder, info, lambda path: fleet.use(Bench(plan, path)), progress)
+            owner = BackboneOwner(plan, folder, info, lambda path: fleet.use(at(path)), progress, at)
         if request.flower:
             last = engine.go(plan, folder, fleet, request.flower, progress, initial, owner)
         else:
             last = Simulation(plan, folder, fleet, faults, progress, owner).go(initial)
-        whole = Bench(plan, model_folder) if info.emulator else bench
-        save_adapter(folder, whole, last)
+        save_adapter(folder, at(model_folder), last)
         yardstick, offsite = None, None
         if request.compare and info.emulator:
             offsite = compared(plan, model_folder, clients, last, _Quietly(progress))

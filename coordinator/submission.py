@@ -19,7 +19,7 @@ from farfield.protocols.errors import PlanError, RunError, StorageError
 from . import plans
 from .accounts import accounts
 from .home import Home
-from .offsite import check_emulator, keep_text
+from .owner import check_emulator, keep_text
 from .runs import RoundRecord, RunFolder, RunInfo
 from .storage import BundleRow, Run, RunState, Store
 

@@ -6,7 +6,7 @@
         text.safetensors        the public text, cut once; its held-out part judges the emulator, here and in runs
         search.json             what a search under a budget has measured so far
         distillation.safetensors    the checkpoint
-        report.json  tradeoff.png
+        report.json             what was measured
 
 The bundle's files are written last, and `emulator.json` last of all, so a folder with one is whole.
 """
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from farfield.protocols.errors import BundleError, EmulatorError
 from farfield.protocols.plan import Plan
@@ -31,6 +33,7 @@ from .architecture import describe
 from .compress import tuned_gradient
 from .distill import Check, distil
 from .layout import LAYOUT, Layout, Record, is_emulator
+from .objective import mean_loss, predicts_tokens
 from .search import Candidate, Choice, Fidelity, Material, compressed, fidelity, finished, middle_bytes, search, stated
 from .split import split
 from .text import PublicText, Windows
@@ -42,11 +45,13 @@ WORKSHOP: Final = "build"
 
 TEXT: Final = "build/text.safetensors"
 
+_REQUEST: Final = "request.json"
+
 CALIBRATION: Final = 4
 """Batches of public text by which blocks and factors are chosen."""
 
 JUDGED: Final = 8
-"""Batches of held-out public text by which distillation is judged."""
+"""Batches of held-out public text by which distillation, and what comes of it, is judged."""
 
 TOKENS: Final = 2_000_000
 """How much public text is taken."""
@@ -82,16 +87,23 @@ class Report:
 
     Attributes:
         choice: what the stand-in was made of.
-        middle_bytes, emulated_bytes: of the blocks that are stood for, and of what stands for them.
-        fidelity: how near the emulator is to the backbone, as it is shipped.
+        backbone_bytes, middle_bytes: of the backbone, and of those of its blocks that are stood for.
+        emulator_bytes, emulated_bytes: of the emulator, and of what stands for the middle.
+        backbone_loss: the backbone's own, in nats per token of held-out public text; None for a classifier.
+        before: how near the emulator was to the backbone on that text before it was distilled.
+        fidelity: the same as it is shipped.
         checks: what was measured while it was distilled, in order.
         candidates: what a search under a budget compared, the best first.
     """
 
     choice: Choice
     layout: Layout
+    backbone_bytes: int
     middle_bytes: int
+    emulator_bytes: int
     emulated_bytes: int
+    backbone_loss: float | None
+    before: Fidelity
     fidelity: Fidelity
     checks: tuple[Check, ...]
     candidates: tuple[Candidate, ...]
@@ -100,9 +112,12 @@ class Report:
 def build(plan: Plan, folder: Path, out: Path, request: Request, progress: Progress) -> Report:
     """Build an emulator of the backbone in `folder`, or go on with it, and write it to `out`.
 
+    Whenever it is stopped, the same call goes on, and ends with the same bytes.
+
     Raises:
         EmulatorError: the Plan wants none, or one that cannot be; `out` holds something else, or is finished.
         BackboneError, DataError: the backbone or the public text cannot be used.
+        BundleError: the disk refuses.
     """
     if plan.delivery.kind != "emulator":
         raise EmulatorError(
@@ -125,30 +140,42 @@ def build(plan: Plan, folder: Path, out: Path, request: Request, progress: Progr
         choice = stated(plan.emulator, parts, request.keep)
     else:
         progress.on_stage("searching")
-        candidates = search(material, request.budget, workshop / "search.json", progress.on_candidate)
+        with writing(out):
+            candidates = search(material, request.budget, workshop / "search.json", progress.on_candidate)
         choice = candidates[0].choice
     progress.on_stage(f"compressing: {choice}")
     emulator, layout = compressed(material, choice)
+    progress.on_stage("measuring")
+    held_out = Material(model, parts, judged(public.held_out, size, JUDGED))
+    whole = tuned_gradient(model, parts.outer, held_out.calibration)
+    before = near = fidelity(held_out, emulator, layout, whole)
     checks: list[Check] = []
+    checkpoint = workshop / "distillation.safetensors"
     if plan.distillation.steps:
         progress.on_stage("distilling")
-        checks = distilled(
-            plan, model, emulator, layout, public, workshop / "distillation.safetensors", progress, seed=seed
-        )
+        with writing(out):
+            checks = distilled(plan, model, emulator, layout, public, checkpoint, progress, seed=seed)
     emulator, layout = finished(emulator, layout, choice)
-    progress.on_stage("measuring")
+    if checks or choice.quantization != "none":
+        progress.on_stage("measuring")
+        near = fidelity(held_out, emulator, layout, whole)
     report = Report(
-        choice,
-        layout,
-        middle_bytes(model, parts.middle),
-        middle_bytes(emulator, layout.inner),
-        fidelity(material, emulator, layout, tuned_gradient(model, parts.outer, calibration)),
-        tuple(checks),
-        candidates,
+        choice=choice,
+        layout=layout,
+        backbone_bytes=all_bytes(model),
+        middle_bytes=middle_bytes(model, parts.middle),
+        emulator_bytes=all_bytes(emulator),
+        emulated_bytes=middle_bytes(emulator, layout.inner),
+        backbone_loss=mean_loss(model, held_out.calibration) if predicts_tokens(model) else None,
+        before=before,
+        fidelity=near,
+        checks=tuple(checks),
+        candidates=candidates,
     )
-    write(emulator, tokenizer, Record(layout, plan.emulator_digest, checks[-1].step if checks else 0), out)
-    (workshop / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    (workshop / "distillation.safetensors").unlink(missing_ok=True)
+    with writing(out):
+        (workshop / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        write(emulator, tokenizer, Record(layout, plan.emulator_digest, checks[-1].step if checks else 0), out)
+        checkpoint.unlink(missing_ok=True)
     return report
 
 
@@ -195,16 +222,31 @@ def write(emulator: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record:
         BundleError: the disk refuses.
     """
     new = out / WORKSHOP / "new"
-    try:
+    with writing(out):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         stored.save(emulator, tokenizer, record, new)
         for file in sorted(new.iterdir(), key=lambda one: one.name == LAYOUT):
             file.replace(out / file.name)
         new.rmdir()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise BundleError(f"cannot be written: {reason}", where=error.filename or out, hint="Make room.") from None
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a BundleError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        path = getattr(error, "filename", None) or where
+        raise BundleError(
+            f"cannot be written: {reason}", where=path, hint="Make room, and give the same command again."
+        ) from None
+
+
+def all_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's tensors as a file holds them, shared ones once."""
+    return sum(one.nbytes for one in assemble.tensors(model).values())
 
 
 def prepared(plan: Plan, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PublicText:
@@ -229,7 +271,7 @@ def _opened(plan: Plan, folder: Path, out: Path, request: Request) -> Path:
         "budget": request.budget,
         "data": str(request.data.absolute()) if request.data else None,
     }
-    workshop, note = out / WORKSHOP, out / WORKSHOP / "request.json"
+    workshop, note = out / WORKSHOP, out / WORKSHOP / _REQUEST
     try:
         if is_emulator(out):
             raise EmulatorError("holds a finished emulator", where=out, hint="Give a new folder, or remove it.")
@@ -241,14 +283,21 @@ def _opened(plan: Plan, folder: Path, out: Path, request: Request) -> Path:
                     hint="Give a new folder, or the same command as before to go on.",
                 )
             return workshop
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not _untouched(out)):
             raise EmulatorError("exists and is not empty", where=out, hint="Give a new folder.")
-        workshop.mkdir(parents=True)
-        note.write_text(json.dumps(wanted), encoding="utf-8")
+        workshop.mkdir(parents=True, exist_ok=True)
+        partial = note.with_name(f"{_REQUEST}.partial")
+        partial.write_text(json.dumps(wanted), encoding="utf-8")
+        partial.replace(note)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise EmulatorError(f"cannot be used: {reason.lower()}", where=out, hint="Give a new folder.") from None
     return workshop
+
+
+def _untouched(out: Path) -> bool:
+    """Whether there is nothing in `out` but what a build leaves that was killed before it began."""
+    return {one.relative_to(out).as_posix() for one in out.rglob("*")} <= {WORKSHOP, f"{WORKSHOP}/{_REQUEST}.partial"}
 
 
 def _backbone(plan: Plan, folder: Path) -> PreTrainedModel:

@@ -6,7 +6,8 @@ owner's view of both, and a new emulator for an adapter that has moved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from farfield.protocols.plan import Plan
@@ -22,28 +23,17 @@ from .quantise import dequantised, quantised
 from .text import PublicText
 
 
-@dataclass(frozen=True, slots=True)
-class Plugged:
-    """Loss, in nats per token of the owner's own text, of an adapter on the emulator and in the backbone."""
-
-    emulator: float
-    plug_in: float
-
-
-def measure(plan: Plan, backbone: Path, emulator: Path, adapter: State, own: PublicText) -> Plugged:
-    """Both losses of `adapter`. One model is in memory at a time.
+def measure(benches: Iterable[Bench], adapter: State, own: PublicText) -> list[float]:
+    """Loss of `adapter` at each bench, in nats per token of the owner's own text. One bench is asked for at a time.
 
     Raises:
         MalformedMessage: the adapter does not fit.
-        BackboneError, EmulatorError: a folder cannot be used.
     """
-    batches = judged(own.held_out, plan.evaluation.batch_size, JUDGED)
     losses = []
-    for folder in (emulator, backbone):
-        bench = Bench(plan, folder)
+    for bench in benches:
         bench.load(adapter)
-        losses.append(mean_loss(bench.tuned.model, batches))
-    return Plugged(*losses)
+        losses.append(mean_loss(bench.tuned.model, judged(own.held_out, bench.plan.evaluation.batch_size, JUDGED)))
+    return losses
 
 
 def redistilled(

@@ -41,6 +41,13 @@ class Choice:
     low_rank: float | None = None
     quantization: Literal["none", "nf4"] = "none"
 
+    def disclosed(self, depth: int) -> float:
+        """The share of the middle's `depth` blocks whose matrices are there as they were, or rounded to 4 bits.
+
+        Factors of a lower rank are not counted, and distillation is not considered.
+        """
+        return 0.0 if self.low_rank is not None else self.blocks / depth
+
     def __str__(self) -> str:
         low_rank = "" if self.low_rank is None else f", rank share {self.low_rank:g}"
         return f"{self.blocks} blocks by {self.select}{low_rank}{', NF4' if self.quantization == 'nf4' else ''}"
@@ -48,10 +55,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How near an emulator is to its backbone, before any distillation, on public text.
+    """How near an emulator is to its backbone on public text.
 
     Attributes:
-        loss: the emulator's own, in nats per token; None for a classifier.
+        loss: the emulator's own, in nats per token; None for a classifier, which has no classes of public text.
         hidden: share of the stream after the middle that is wrong: mean(((T − S) / rms(T))²).
         agreement: cosine of the tuned blocks' gradients on the emulator and on the backbone: whether a step that helps
             the one helps the other.
@@ -64,11 +71,21 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A choice, the bytes of its stand-in, and what was measured."""
+    """A choice, the bytes of its stand-in, and what was measured, without any distillation.
+
+    Attributes:
+        disclosed: see `Choice.disclosed`.
+    """
 
     choice: Choice
     size: int
+    disclosed: float
     fidelity: Fidelity
+
+    @property
+    def discloses(self) -> bool:
+        """Whether it gives the middle away: every block of it is there."""
+        return self.disclosed >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +138,27 @@ def middle_bytes(model: nn.Module, numbers: Sequence[int]) -> int:
 
 
 def fidelity(material: Material, emulator: PreTrainedModel, layout: Layout, whole: torch.Tensor) -> Fidelity:
-    """How near the emulator is to the backbone, whose `tuned_gradient` is `whole`, on the calibration text."""
-    split = material.split
-    behind = describe(material.model).blocks[split.depth - split.last]
-    entry = describe(emulator).blocks[layout.inner.stop]
-    wrong = 0.0
-    with torch.no_grad():
-        for batch in material.calibration:
-            wanted = tokens(entering(material.model, behind, batch), batch)
-            given = tokens(entering(emulator, entry, batch), batch)
-            wrong += float(((wanted - given) / wanted.square().mean().sqrt()).square().mean())
+    """How near the emulator is to the backbone, whose `tuned_gradient` is `whole`, on the material's text."""
     gradient = tuned_gradient(emulator, layout.outer, material.calibration)
     return Fidelity(
         mean_loss(emulator, material.calibration) if predicts_tokens(emulator) else None,
-        wrong / len(material.calibration),
+        stream_error(material.model, emulator, layout, material.calibration),
         float(torch.cosine_similarity(whole, gradient, dim=0)),
     )
+
+
+@torch.no_grad()
+def stream_error(model: PreTrainedModel, emulator: PreTrainedModel, layout: Layout, batches: Sequence[Batch]) -> float:
+    """Share of the stream behind the middle that the stand-in gets wrong: mean(((T − S) / rms(T))²) over batches."""
+    split = layout.split
+    behind = describe(model).blocks[split.depth - split.last]
+    entry = describe(emulator).blocks[layout.inner.stop]
+    wrong = 0.0
+    for batch in batches:
+        wanted = tokens(entering(model, behind, batch), batch)
+        given = tokens(entering(emulator, entry, batch), batch)
+        wrong += float(((wanted - given) / wanted.square().mean().sqrt()).square().mean())
+    return wrong / len(batches)
 
 
 def search(
@@ -146,6 +168,10 @@ def search(
 
     First the ways to select blocks are compared, with as many as fit and with half of them; then, with the best way,
     factors and 4 bits, which leave room for more blocks.
+
+    Gradients agree most where nothing is held back: with room enough, all of the middle in 4 bits would always win, and
+    its owner might as well ship the backbone. A candidate that holds every block of the middle (`discloses`) therefore
+    comes behind all that do not, whatever was measured, and is taken only where nothing else fits.
 
     Args:
         kept: a file where what was measured is kept; what it holds is not measured again.
@@ -159,13 +185,18 @@ def search(
     def measured(choice: Choice) -> Candidate:
         if choice not in done:
             emulator, layout = finished(*compressed(material, choice), choice)
-            size = middle_bytes(emulator, layout.inner)
-            done[choice] = Candidate(choice, size, fidelity(material, emulator, layout, whole))
+            done[choice] = Candidate(
+                choice,
+                middle_bytes(emulator, layout.inner),
+                choice.disclosed(len(material.split.middle)),
+                fidelity(material, emulator, layout, whole),
+            )
             _write(kept, done.values())
         return done[choice]
 
     first = list(_selections(material, budget))
-    if not first and not any(_combinations(material, budget, "uniform")):
+    count = len(first) + len(list(_combinations(material, budget, "uniform")))
+    if not count:
         smallest = min(_size(material, Choice("uniform", 1, share, "nf4")) for share in (None, *SHARES))
         raise EmulatorError(
             f"no stand-in of {budget:,} bytes can be made", hint=f"The smallest takes {smallest:,}: raise --budget-mb."
@@ -173,22 +204,20 @@ def search(
     found: list[Candidate] = []
     for choice in first:
         found.append(measured(choice))
-        on_candidate(found[-1], len(found), len(first))
+        on_candidate(found[-1], len(found), count)
     best = max(found, key=_score).choice.select if found else "uniform"
-    second = list(_combinations(material, budget, best))
-    for choice in second:
+    for choice in _combinations(material, budget, best):
         found.append(measured(choice))
-        on_candidate(found[-1], len(found), len(first) + len(second))
+        on_candidate(found[-1], len(found), count)
     return tuple(sorted(found, key=_score, reverse=True))
 
 
-def _score(candidate: Candidate) -> float:
-    return candidate.fidelity.agreement
+def _score(candidate: Candidate) -> tuple[bool, float]:
+    return not candidate.discloses, candidate.fidelity.agreement
 
 
 def _selections(material: Material, budget: int) -> Iterator[Choice]:
-    most = _most(material, budget, None, "none")
-    for blocks in sorted({most, most // 2} - {0}, reverse=True):
+    for blocks in _counts(material, budget, None, "none"):
         every = blocks == len(material.split.middle)
         yield from (Choice(select, blocks) for select in (("uniform",) if every else SELECTIONS))
 
@@ -197,9 +226,17 @@ def _combinations(material: Material, budget: int, select: str) -> Iterator[Choi
     quantizations: tuple[Literal["none", "nf4"], ...] = ("none", "nf4")
     for quantization in quantizations:
         for share in (None, *SHARES):
-            most = _most(material, budget, share, quantization)
-            if most and (share, quantization) != (None, "none"):
-                yield Choice(select, most, share, quantization)
+            if (share, quantization) != (None, "none"):
+                counts = _counts(material, budget, share, quantization)
+                yield from (Choice(select, blocks, share, quantization) for blocks in counts)
+
+
+def _counts(
+    material: Material, budget: int, share: float | None, quantization: Literal["none", "nf4"]
+) -> tuple[int, ...]:
+    """As many blocks as fit; where these are whole, half of them too, for as many as fit may be all of the middle."""
+    most = _most(material, budget, share, quantization)
+    return tuple(count for count in (most, most // 2 if share is None else 0) if count)
 
 
 def _most(material: Material, budget: int, share: float | None, quantization: Literal["none", "nf4"]) -> int:
@@ -236,7 +273,9 @@ def _read(path: Path) -> dict[Choice, Candidate]:
     if not path.exists():
         return {}
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    found = (Candidate(Choice(**row["choice"]), row["size"], Fidelity(**row["fidelity"])) for row in rows)
+    found = (
+        Candidate(**row | {"choice": Choice(**row["choice"]), "fidelity": Fidelity(**row["fidelity"])}) for row in rows
+    )
     return {one.choice: one for one in found}
 
 

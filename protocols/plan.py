@@ -236,9 +236,7 @@ class Delivery(Settings):
     @property
     def ends(self) -> tuple[int, int] | None:
         """How many blocks are tuned at the beginning and at the end (l and r); None is all blocks."""
-        if self.first is not None and self.last is not None:
-            return self.first, self.last
-        return (2, 2) if self.kind == "emulator" else None
+        return None if self.first is None or self.last is None else (self.first, self.last)
 
 
 class Emulator(Settings):
@@ -270,8 +268,8 @@ class Distillation(Settings):
 
     steps: Annotated[int, Field(ge=0)] = 200
     batch_size: PositiveInt = 8
-    learning_rate: PositiveFloat = 1e-3
-    lm_weight: NonNegativeFloat = 1.0
+    learning_rate: PositiveFloat = 3e-3
+    lm_weight: NonNegativeFloat = 0.0
     hidden_weight: PositiveFloat = 30.0
     check_every: PositiveInt = 50
     patience: PositiveInt = 3
@@ -392,6 +390,13 @@ class Plan(Settings):
         rules: Rules | None = info.context["rules"]
         if rules is not None and value.rule not in rules:
             raise ValueError(f"no aggregation rule {value.rule!r}. {did_you_mean(value.rule, rules)}")
+        return value
+
+    @field_validator("delivery")
+    @classmethod
+    def _ends_that_are_said(cls, value: Delivery) -> Delivery:
+        if value.kind == "emulator" and value.ends is None:
+            return value.model_copy(update={"first": 2, "last": 2})
         return value
 
     @field_validator("protection")

@@ -40,7 +40,7 @@ def plan_text(**sections: dict[str, Any]) -> str:
     return tomli_w.dumps(kept)
 
 
-def write_backbone(folder: Path) -> Path:
+def write_backbone(folder: Path, layers: int = 2) -> Path:
     """A random Llama with a byte-level tokenizer, as `save_pretrained` writes them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +58,7 @@ def write_backbone(folder: Path) -> Path:
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

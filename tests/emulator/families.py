@@ -279,6 +279,30 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return copy.deepcopy(_template(family, dtype))
 
 
+@functools.cache
+def _deep_template(family: str, depth: int) -> PreTrainedModel:
+    shallow: Any = _template(family, torch.float32)
+    key = shallow.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    # What a configuration says of each layer it works out by itself.
+    settings = {name: value for name, value in shallow.config.to_dict().items() if name != "layer_types"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(13)
+        model: Any = type(shallow)(type(shallow.config)(**settings | {key: depth}))
+        for parameter in model.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return cast("PreTrainedModel", model.requires_grad_(False).eval())
+
+
+def deep(family: str, depth: int = 6) -> PreTrainedModel:
+    """A fresh copy of the family's tiny model with `depth` blocks in float32, frozen, in evaluation mode."""
+    return copy.deepcopy(_deep_template(family, depth))
+
+
+def text(family: str) -> dict[str, torch.Tensor]:
+    """The batch without its labels."""
+    return {name: tensor for name, tensor in batch(family).items() if name != "labels"}
+
+
 def batch(family: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Four examples with labels; the text is padded on the right, as a trainer pads it."""
     generator = torch.Generator().manual_seed(11)

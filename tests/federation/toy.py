@@ -22,13 +22,12 @@ FOUR = tuple(f"client-{number:03}.jsonl" for number in range(4))
 CLIENTS = FOUR[:3]
 
 WEIGHT_LIMIT = 64
-WEIGHT_LIMIT = 64
 """Near the toys' numbers of examples: weights are sent as fractions of it, so rounding errors grow with it."""
 
 
-def place(folder: Path, clients: int = len(CLIENTS)) -> Path:
+def place(folder: Path, clients: int = len(CLIENTS), layers: int = 2) -> Path:
     """`folder`, with `backbone/`, and `data/` of so many clients."""
-    write_backbone(folder / "backbone")
+    write_backbone(folder / "backbone", layers)
     write_clients(folder / "data", clients)
     return folder
 

@@ -48,7 +48,7 @@ def test_no_value_moves_further_than_half_the_widest_gap(rows: int, columns: int
     packed, scales = nf4.quantize(weight)
     flat = nf4.dequantize(packed, scales, rows, columns, torch.float32).reshape(-1)
     gap = max(after - before for before, after in zip(nf4.LEVELS, nf4.LEVELS[1:], strict=False))
-    for block, was in zip(flat.split(nf4.BLOCK), weight.reshape(-1).split(nf4.BLOCK), strict=True):
+    for block, was in zip(torch.split(flat, nf4.BLOCK), torch.split(weight.reshape(-1), nf4.BLOCK), strict=True):
         largest = float(was.abs().max())
         # Rounding the scale to bfloat16 moves each value by up to 2^-9 of the largest.
         assert float((block - was).abs().max()) <= largest * (gap / 2 + 2**-8)

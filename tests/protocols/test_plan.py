@@ -308,6 +308,41 @@ PROTECTION_AND_PRIVACY = [
 """What is refused about them, each with its sentence."""
 
 
+EMULATED = '[delivery]\nkind = "emulator"\n'
+
+EMULATORS = [
+    (
+        ("[tuning]", "owner_only = true\n[tuning]"),
+        r'model.owner_only = true: the backbone never leaves its owner, .* ships it; use "emulator"',
+    ),
+    (("[tuning]", "owner_only = true\n[delivery]\nfirst = 1\nlast = 1\n[tuning]"), r"model.owner_only = true"),
+    (("[tuning]", "owner_only = 1\n[tuning]"), r"model.owner_only = 1: "),
+    (sections("[delivery]\nfirst = 2"), r"delivery: give 'first' and 'last' together"),
+    (sections(EMULATED + "last = 2"), r"delivery: give 'first' and 'last' together"),
+    (sections(EMULATED + "first = 0\nlast = 2"), r"delivery.first = 0: "),
+    (sections(EMULATED + "plug_in_every = 0"), r"delivery.plug_in_every = 0: "),
+    (sections("[delivery]\nredistill_every = 2"), r"delivery: 'redistill_every' goes with kind = \"emulator\""),
+    (sections('[delivery]\nkind = "backbone"'), r"delivery.kind = 'backbone' is not one of 'adapter' or 'emulator'"),
+    (
+        ('"lora"', f'"prefix-tuning"\n{EMULATED}'),
+        r"tuning.kind = 'prefix-tuning' reaches into every block, .* use 'lora' or 'full'",
+    ),
+    (('"lora"', '"prefix-tuning"\n[delivery]\nfirst = 1\nlast = 1'), r"reaches into every block"),
+    (sections(f"{EMULATED}[emulator]\nselect = 'random'"), r"emulator.select = 'random' is not one of 'uniform'"),
+    (sections(f"{EMULATED}[emulator]\nblocks = 0"), r"emulator.blocks = 0: "),
+    (sections(f"{EMULATED}[emulator]\nlow_rank = 0.0"), r"emulator.low_rank = 0.0: .*greater than 0"),
+    (sections(f"{EMULATED}[emulator]\nlow_rank = 1.0"), r"emulator.low_rank = 1.0: .*less than 1"),
+    (sections(f"{EMULATED}[emulator]\nquantization = 'int8'"), r"emulator.quantization = 'int8' is not one of 'none'"),
+    (sections(f"{EMULATED}[emulator]\nlowrank = 0.5"), r"unknown key 'emulator.lowrank'. Did you mean 'low_rank'"),
+    (sections("[distillation]\nsteps = -1"), r"distillation.steps = -1: "),
+    (sections("[distillation]\nhidden_weight = 0.0"), r"distillation.hidden_weight = 0.0: "),
+    (sections("[distillation]\nlm_weight = nan"), r"distillation.lm_weight = nan: "),
+    (sections("[distillation]\npatience = 0"), r"distillation.patience = 0: "),
+    (sections("[distillation]\ncheck_every = 0"), r"distillation.check_every = 0: "),
+]
+"""What is refused about emulators, each with its sentence."""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -339,7 +374,7 @@ PROTECTION_AND_PRIVACY = [
         (("[training]", "[cohort]\nsize = 2\nover_selection = -0.1\n[training]"), r"cohort.over_selection = -0.1: "),
         (("[training]", "[cohort]\nsize = 2\nover_selection = nan\n[training]"), r"cohort.over_selection = nan: "),
         *PROTECTION_AND_PRIVACY,
-        (("[training]", '[delivery]\nkind = "emulator"\n[training]'), r"delivery.kind = 'emulator' is not available"),
+        *EMULATORS,
         (("[tuning]", 'quantization = "nf4"\n[tuning]'), r"model.quantization = 'nf4' is not available"),
         (("[tuning]", 'task = "sequence-classification"\n[tuning]'), r"'labels' \(how many classes\)"),
         (("[model]", "[model"), r"not valid TOML: .*line 2"),
@@ -352,6 +387,67 @@ def test_a_bad_plan_is_one_message_with_file_and_key(tmp_path: Path, change: tup
         plans.load(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("delivery", "ends"),
+    [
+        ("", None),
+        ("first = 1\nlast = 3", (1, 3)),
+        ('kind = "emulator"', (2, 2)),
+        ('kind = "emulator"\nfirst = 1\nlast = 3', (1, 3)),
+    ],
+)
+def test_how_many_blocks_are_tuned_at_the_ends(delivery: str, ends: tuple[int, int] | None) -> None:
+    plan = plans.parse(f"{MINIMAL}[delivery]\n{delivery}\n")
+    assert plan.delivery.ends == ends
+    assert restored(plan.canonical()) == plan
+
+
+def test_a_backbone_that_stays_with_its_owner() -> None:
+    plan = plans.parse(MINIMAL.replace("[tuning]", "owner_only = true\n[tuning]") + EMULATED)
+    assert plan.model.owner_only
+    assert restored(plan.canonical()) == plan
+    raw = plan.canonical().replace(b'"kind":"emulator"', b'"kind":"adapter"')
+    with pytest.raises(PlanError, match="never leaves its owner"):
+        restored(raw)
+
+
+@pytest.mark.parametrize("kind", methods.registered())
+def test_a_method_that_can_be_kept_to_blocks_goes_with_an_emulator(kind: str) -> None:
+    text = MINIMAL.replace('"lora"', f'"{kind}"') + EMULATED
+    if plans.parse(MINIMAL.replace('"lora"', f'"{kind}"')).tuning.by_block:
+        assert restored(plans.parse(text).canonical()).tuning.kind == kind
+    else:
+        with pytest.raises(PlanError, match="reaches into every block"):
+            plans.parse(text)
+
+
+def test_an_emulator_is_shared_by_plans_that_ask_for_the_same_one() -> None:
+    plan = plans.parse(MINIMAL + EMULATED)
+    alike = [
+        MINIMAL + EMULATED + "first = 2\nlast = 2\n",
+        MINIMAL + EMULATED + "plug_in_every = 3\nredistill_every = 2\n",
+        MINIMAL.replace("rounds = 3", "rounds = 7") + EMULATED,
+        MINIMAL.replace('"lora"', '"full"') + EMULATED,
+        MINIMAL + EMULATED + '[emulator]\nselect = "uniform"\n[distillation]\nlearning_rate = 0.001\n',
+        MINIMAL + EMULATED + "[distillation]\nhidden_weight = 30\n",
+        MINIMAL + EMULATED + "[cohort]\nsize = 5\n",
+    ]
+    assert {plans.parse(text).emulator_digest for text in alike} == {plan.emulator_digest}
+    assert len({plans.parse(text).digest for text in alike}) == 5, "three only say what holds anyway"
+    others = [
+        MINIMAL + EMULATED + "first = 1\nlast = 2\n",
+        MINIMAL + EMULATED + "first = 2\nlast = 1\n",
+        MINIMAL + EMULATED + "[emulator]\nblocks = 2\n",
+        MINIMAL + EMULATED + "[emulator]\nlow_rank = 0.5\n",
+        MINIMAL + EMULATED + "[emulator]\nquantization = 'nf4'\n",
+        MINIMAL + EMULATED + "[distillation]\nsteps = 0\n",
+        MINIMAL + EMULATED + "[data]\nmax_length = 64\n",
+        MINIMAL + "seed = 1\n" + EMULATED,
+        MINIMAL.replace("[tuning]", 'dtype = "float32"\n[tuning]') + EMULATED,
+    ]
+    assert len({plan.emulator_digest, *(plans.parse(text).emulator_digest for text in others)}) == len(others) + 1
 
 
 def test_a_missing_or_unreadable_file_is_a_plan_error(tmp_path: Path) -> None:

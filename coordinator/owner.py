@@ -14,6 +14,7 @@ from farfield.protocols.tensors import State
 from .runs import RunFolder, RunInfo, writing
 
 if TYPE_CHECKING:
+    from farfield.emulator.bench import Bench
     from farfield.emulator.build import Progress
 
 
@@ -21,17 +22,24 @@ class BackboneOwner:
     """Has the backbone, text of its own, and the emulators that the run has shipped."""
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, info: RunInfo, deliver: Callable[[Path], None], progress: Progress
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        info: RunInfo,
+        deliver: Callable[[Path], None],
+        progress: Progress,
+        bench: Callable[[Path], Bench],
     ) -> None:
         """
         Args:
             deliver: has clients get the emulator in a folder from now on; they have the one of `info` already.
             progress: told how a distillation goes on.
+            bench: gives a bench with the backbone or the emulator in a folder, whenever one is needed.
         """
         assert info.emulator is not None
         self._plan, self._folder, self._backbone = plan, folder, Path(info.backbone)
         self._first = self._current = Path(info.emulator)
-        self._deliver, self._progress = deliver, progress
+        self._deliver, self._progress, self._bench = deliver, progress, bench
 
     def ready(self, number: int, adapter: State) -> None:
         """Distil anew where it is time to, or go on with a distillation that was interrupted.
@@ -63,8 +71,8 @@ class BackboneOwner:
         from farfield.emulator.text import PublicText
 
         own = PublicText.load(self._folder.text)
-        measured = plugin.measure(self._plan, self._backbone, self._current, adapter, own)
-        return measured.emulator, measured.plug_in
+        emulator, plug_in = plugin.measure(map(self._bench, (self._current, self._backbone)), adapter, own)
+        return emulator, plug_in
 
     def _last(self, number: int) -> int:
         """The round before `number` after which it was last time to distil anew; 0 where it never was."""
