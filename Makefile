@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy protos clean
+.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy bench-offsite protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-federation  round latency, download of bundles, memory of aggregation"
 	@echo "make bench-secagg  secure aggregation beside Flower's SecAgg+"
 	@echo "make bench-privacy  a step of DP-SGD beside those of Opacus"
+	@echo "make bench-offsite  a client's step on an emulator beside LoRA and full fine-tuning; BENCH_ARGS are passed on"
 	@echo "make format     reformat the code"
 	@echo "make protos     generate the code for protocols/*.proto"
 
@@ -76,6 +77,9 @@ bench-secagg: .venv/product
 
 bench-privacy: .venv/product
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dp_sgd.py
+
+bench-offsite: .venv/product
+	$(BIN)/python benchmarks/offsite_speed.py $(BENCH_ARGS)
 
 protos: .venv/dev
 	mkdir -p build/protos

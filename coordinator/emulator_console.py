@@ -86,9 +86,7 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         for meaning in _MEANINGS:
             plain(console, meaning)
         if report.candidates[0].discloses:
-            plain(
-                console, "* Nothing else fits the budget, so all of the middle is in it.", "yellow"
-            )
+            plain(console, "* Nothing else fits the budget, so all of the middle is in it.", "yellow")
         elif any(one.discloses for one in report.candidates):
             plain(console, "* holds all of the middle, and keeps nothing back: not chosen while anything else fits.")
     split = report.layout.split
@@ -128,9 +126,8 @@ def print_inspection(console: Console, found: Inspection) -> None:
     table.add_row("kind", "", escape(f"{found.architecture}, {found.dtype}, {found.parameters:,} parameters"))
     ends = f"the first {split.first} and the last {split.last} as they are, to be tuned"
     table.add_row("blocks", str(len(found.layout.origins)), f"for the backbone's {split.depth}: {ends}")
-    table.add_row("stand-in", str(len(found.layout.middle)),
-                  f"made from blocks {', '.join(map(str, found.layout.middle))} of {split.middle[0]} to "
-                  f"{split.middle[-1]}, counted from 0")  # fmt: skip
+    made = f"made from {', '.join(map(str, found.layout.middle))} of the blocks {split.middle[0]} to {split.middle[-1]}"
+    table.add_row("stand-in", str(len(found.layout.middle)), f"{made}, counted from 0")
     if found.ranks:
         low, high = found.ranks
         table.add_row(

@@ -46,7 +46,10 @@ class Consent(Section):
     ] = ()
     backbones: Annotated[
         tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...],
-        Field(strict=False, description="Backbones and emulators that are allowed, by the digest of their bundle; [] allows any."),
+        Field(
+            strict=False,
+            description="Backbones and emulators that are allowed, by the digest of their bundle; [] allows any.",
+        ),
     ] = ()
     deliveries: Annotated[
         tuple[Literal["adapter", "emulator"], ...],

@@ -188,6 +188,11 @@ def model_class(folder: Path, *, task: str, labels: int | None) -> tuple[PreTrai
     return config, kind[0] if isinstance(kind, tuple) else kind
 
 
+def attention(device: torch.device, length: int) -> str | None:
+    """The faster implementation: on a CPU, torch's fused kernel is a third slower on short sequences (docs/log.md)."""
+    return "eager" if device.type == "cpu" and length <= 512 else None
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Where it has no padding token, the end-of-text token serves.
 

@@ -132,7 +132,7 @@ def loaded(plan: Plan, folder: Path, device: torch.device) -> tuple[PreTrainedMo
         "dtype": plan.model.dtype,
         "labels": plan.model.labels,
         "device": device,
-        "attention": _attention(device, plan.data.max_length),
+        "attention": backbone.attention(device, plan.data.max_length),
     }
     if is_emulator(folder):
         model, record = stored.load(folder, **settings)
@@ -163,8 +163,3 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
         hashed.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest() if tensors else ""
-
-
-def _attention(device: torch.device, length: int) -> str | None:
-    """The faster implementation: on a CPU, torch's fused kernel is a third slower on short sequences (docs/log.md)."""
-    return "eager" if device.type == "cpu" and length <= 512 else None

@@ -301,13 +301,15 @@ def _untouched(out: Path) -> bool:
 
 
 def _backbone(plan: Plan, folder: Path) -> PreTrainedModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return backbone.load_model(
         folder,
         task=plan.model.task,
         dtype=plan.model.dtype,
         labels=plan.model.labels,
         seed=plan.training.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
+        attention=backbone.attention(device, plan.data.max_length),
     )
 
 

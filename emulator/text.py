@@ -140,8 +140,8 @@ def read(path: Path | None, backbone_name: str) -> list[str]:
     hidden files and files of other kinds are passed over. A single file of another kind is read as plain text.
 
     Args:
-        path: a file or a folder; None for the builtin backbone: the standard library, but for its tests and for what clients of
-            a demonstration hold.
+        path: a file or a folder; None for the builtin backbone: the standard library without its tests, and without
+            what the clients of a demonstration hold.
         backbone_name: the Plan's `model.backbone`.
 
     Raises:

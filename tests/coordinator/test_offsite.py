@@ -15,8 +15,8 @@ from test_simulation import Quiet
 from tiny import Place, write_backbone
 from transformers import AutoModelForCausalLM
 
-from farfield.coordinator.home import Home
 from farfield.coordinator.export import export
+from farfield.coordinator.home import Home
 from farfield.coordinator.results import Result
 from farfield.coordinator.runs import RunFolder
 from farfield.coordinator.simulate import Request, simulate

@@ -98,6 +98,11 @@ CROSSED: dict[str, tuple[dict[str, Any], Request, str]] = {
         f"consent.backbones = 1 digests: run 'r1' uses the backbone {BACKBONE}",
     ),
     "unnamed backbone": ({}, replace(REQUEST, backbone=""), "uses the backbone (none named)"),
+    "deliveries": (
+        {"deliveries": ("emulator",)},
+        REQUEST,
+        "consent.deliveries = ['emulator']: run 'r1' has clients fetch the backbone itself",
+    ),
     "protections": (
         {"protections": ("secagg",)},
         REQUEST,

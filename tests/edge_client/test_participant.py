@@ -155,6 +155,22 @@ def test_other_frozen_weights_are_noticed(place: Place) -> None:
     assert "other frozen adapter weights" in outcome.reason
 
 
+def test_a_whole_backbone_is_not_taken_for_an_emulator(folder: Path) -> None:
+    """What a coordinator ships by mistake against its own Plan is not trained on, and the mistake is told."""
+    place = Place(folder)
+    offsite = plans.parse(
+        plan_text(protection={"kind": "sealed"}, delivery={"kind": "emulator", "first": 1, "last": 1}),
+        registered(),
+        None,
+    )
+    ann = place.participant(data="no/such/file")
+    outcome = place.ask(ann, plan=offsite.canonical())
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "the Plan's delivery.kind is 'emulator', and what was sent is a whole backbone"
+    assert (ann.loads, place.fetched) == (0, [BACKBONE])
+    assert isinstance(place.ask(place.participant(Consent(deliveries=("emulator",)))), Refused)
+
+
 def test_what_nobody_foresaw_does_not_end_the_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory at /secret/path")

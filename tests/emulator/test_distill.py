@@ -24,7 +24,8 @@ from farfield.protocols.plan import Distillation
 
 PARTS = split(6, (1, 2))
 LAYOUT = Layout(PARTS, (2, 3, 3))
-SHORT = Distillation(steps=12, batch_size=4, learning_rate=3e-3, check_every=3, patience=99)
+SHORT = Distillation(steps=12, learning_rate=3e-3, lm_weight=1.0, hidden_weight=30.0, check_every=3, patience=99)
+NONE = SHORT.model_copy(update={"steps": 0})
 
 
 def texts(step: int) -> Batch:
@@ -97,7 +98,7 @@ def test_the_measure_is_that_of_the_paper() -> None:
         handle.remove()
         streams.append(seen[0][HELD_OUT[0]["attention_mask"].bool()])
     wanted, given = streams
-    (check,) = distil(teacher, student, LAYOUT, Distillation(steps=0), texts, HELD_OUT[:1])
+    (check,) = distil(teacher, student, LAYOUT, NONE, texts, HELD_OUT[:1])
     expected = (wanted - given).square().mean() / wanted.square().mean()
     assert check.hidden == pytest.approx(float(expected), rel=1e-5)
     losses = [
@@ -227,13 +228,13 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best() -> None:
     teacher = deep("llama")
     student = student_of(teacher)
     before = copied(student)
-    wild = Distillation(steps=60, learning_rate=1.0, check_every=2, patience=2)
+    wild = SHORT.model_copy(update={"steps": 60, "learning_rate": 1.0, "check_every": 2, "patience": 2})
     checks = distil(teacher, student, LAYOUT, wild, texts, HELD_OUT)
     totals = [check.total(wild) for check in checks]
     best = totals.index(min(totals))
     assert len(checks) - 1 - best == 2
     assert checks[-1].step < 60
-    (after,) = distil(teacher, student, LAYOUT, Distillation(steps=0), texts, HELD_OUT)
+    (after,) = distil(teacher, student, LAYOUT, NONE, texts, HELD_OUT)
     assert after.total(wild) == pytest.approx(totals[best], rel=1e-6)
     if best == 0:
         assert same(student, before)
@@ -250,7 +251,7 @@ def test_it_is_the_same_every_time_and_no_steps_change_nothing() -> None:
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
     student = student_of(teacher)
     before = copied(student)
-    assert len(distil(teacher, student, LAYOUT, Distillation(steps=0), texts, HELD_OUT)) == 1
+    assert len(distil(teacher, student, LAYOUT, NONE, texts, HELD_OUT)) == 1
     assert same(student, before)
 
 

@@ -430,8 +430,8 @@ def test_an_emulator_is_shared_by_plans_that_ask_for_the_same_one() -> None:
         MINIMAL + EMULATED + "plug_in_every = 3\nredistill_every = 2\n",
         MINIMAL.replace("rounds = 3", "rounds = 7") + EMULATED,
         MINIMAL.replace('"lora"', '"full"') + EMULATED,
-        MINIMAL + EMULATED + '[emulator]\nselect = "uniform"\n[distillation]\nlearning_rate = 0.001\n',
-        MINIMAL + EMULATED + "[distillation]\nhidden_weight = 30\n",
+        MINIMAL + EMULATED + f'[emulator]\nselect = "{plan.emulator.select}"\n',
+        MINIMAL + EMULATED + f"[distillation]\nhidden_weight = {plan.distillation.hidden_weight:g}\n",
         MINIMAL + EMULATED + "[cohort]\nsize = 5\n",
     ]
     assert {plans.parse(text).emulator_digest for text in alike} == {plan.emulator_digest}
