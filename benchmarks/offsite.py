@@ -65,6 +65,7 @@ class Strategy:
 
 STRATEGIES: Final = (
     Strategy("uniform drop", {"select": "uniform"}),
+    Strategy("uniform, two in turn", {"select": "uniform", "turns": 2}),
     Strategy("clusters", {"select": "clusters"}),
     Strategy("influence", {"select": "influence"}),
     Strategy("gradient", {"select": "gradient"}),
@@ -82,20 +83,20 @@ BUILTIN: Sections = {
     "protection": {"kind": "sealed"},
     "evaluation": {"every": 8, "examples": 64},
     "delivery": {"kind": "emulator", "first": 2, "last": 2, "plug_in_every": 8},
-    "distillation": {"steps": 1000, "batch_size": 16, "check_every": 100},
+    "distillation": {"steps": 600, "batch_size": 16, "check_every": 100},
 }  # fmt: skip
 
 SST2: Sections = {
     "model": {"task": "sequence-classification", "labels": 2},
     "data": {"text": "sentence", "max_length": 64, "held_out": 0.1},
     "training": {
-        "rounds": 8, "steps": 10, "batch_size": 32, "learning_rate": 2e-3, "schedule": "linear", "seed": SEED
+        "rounds": 6, "steps": 5, "batch_size": 32, "learning_rate": 3e-3, "schedule": "linear", "seed": SEED
     },
     "cohort": {"size": 4},
     "protection": {"kind": "sealed"},
-    "evaluation": {"every": 8, "examples": 256},
-    "delivery": {"kind": "emulator", "first": 1, "last": 1, "plug_in_every": 8},
-    "distillation": {"steps": 400, "batch_size": 32, "check_every": 100},
+    "evaluation": {"every": 6, "examples": 128},
+    "delivery": {"kind": "emulator", "first": 1, "last": 1},
+    "distillation": {"steps": 200, "batch_size": 32, "check_every": 50},
 }  # fmt: skip
 
 LORA: Final = {"kind": "lora", "rank": 8}
@@ -143,13 +144,22 @@ class Series:
         self._clients: list[Source] = sources(CLIENTS, data)
         work.mkdir(parents=True, exist_ok=True)
 
-    def row(self, tuning: Mapping[str, Any], strategy: Strategy, distillation: Mapping[str, Any]) -> Row:
-        steps = distillation["steps"] if "steps" in distillation else self._sections["distillation"]["steps"]
-        stem = "-".join((tuning["kind"], *strategy.name.replace(",", "").split(), str(steps)))
-        kept = self._work / f"{stem}.json"
-        if kept.exists():
-            document = json.loads(kept.read_text())
-            return Row(**document | {"accuracy": tuple(document["accuracy"])})
+    def kept(self, tuning: Mapping[str, Any], strategy: Strategy, distillation: Mapping[str, Any]) -> Row | None:
+        """The row as it was measured before; None where it was not."""
+        path = self._work / f"{self._stem(tuning, strategy, distillation)}.json"
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text())
+        return Row(**document | {"accuracy": tuple(document["accuracy"])})
+
+    def _stem(self, tuning: Mapping[str, Any], strategy: Strategy, distillation: Mapping[str, Any]) -> str:
+        return "-".join((tuning["kind"], *strategy.name.replace(",", "").split(), str(self._steps(distillation))))
+
+    def _steps(self, distillation: Mapping[str, Any]) -> int:
+        return int({**self._sections["distillation"], **distillation}["steps"])
+
+    def measured(self, tuning: Mapping[str, Any], strategy: Strategy, distillation: Mapping[str, Any]) -> Row:
+        stem, steps = self._stem(tuning, strategy, distillation), self._steps(distillation)
         path = self._plan(stem, tuning, strategy, distillation)
         plan = plans.load(path)
         folder = backbone.resolve(plan.model.backbone, path.parent)
@@ -171,7 +181,7 @@ class Series:
             zero_shot=full[0][0], emulator=_number(last.record.eval_loss), plug_in=_number(plugged[0]), full=full[1][0],
             accuracy=(full[0][1], _number(last.record.eval_accuracy), _number(plugged[1]), full[1][1]),
         )  # fmt: skip
-        kept.write_text(json.dumps(asdict(row), indent=1))
+        (self._work / f"{stem}.json").write_text(json.dumps(asdict(row), indent=1))
         return row
 
     def _full(self, path: Path, tuning: Mapping[str, Any], folder: Path) -> list[tuple[float, float]]:
@@ -201,11 +211,15 @@ def _number(value: float | None) -> float:
     return value
 
 
-def rows(series: Series) -> Iterator[Row]:
-    for tuning in (LORA, FULL):
-        for strategy in STRATEGIES:
-            for distillation in ({}, {"steps": 0}):
-                yield series.row(tuning, strategy, distillation)
+def rows(series: Series, *, kept: bool) -> Iterator[Row]:
+    """All rows in the order of the table, or those that were measured before."""
+    wanted = [(LORA, strategy, distillation) for strategy in STRATEGIES for distillation in ({}, {"steps": 0})]
+    for tuning, strategy, distillation in [*wanted, *((FULL, strategy, {}) for strategy in STRATEGIES)]:
+        row = series.kept(tuning, strategy, distillation)
+        if row is None and not kept:
+            row = series.measured(tuning, strategy, distillation)
+        if row is not None:
+            yield row
 
 
 def deal(data: Path, work: Path) -> tuple[Path, Path]:
@@ -235,6 +249,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of SST-2; without it, the builtin backbone.")] = None,
     encoder: Annotated[Path | None, typer.Option("--backbone", help="A local Hugging Face encoder.")] = None,
     write: Annotated[Path | None, typer.Option(help="Put the table into this file.")] = None,
+    kept: Annotated[bool, typer.Option("--kept", help="Do no more; print what was measured before.")] = False,
 ) -> None:
     if data is None:
         name, sections, dealt, public = "builtin", BUILTIN, None, None
@@ -248,7 +263,7 @@ def main(
     series = Series(name, sections, work, dealt, public)
     lines = list(_head(accuracy=data is not None))
     print("\n".join(lines))
-    for row in rows(series):
+    for row in rows(series, kept=kept):
         lines.append(row.cells(accuracy=data is not None))
         print(lines[-1], flush=True)
     if write is not None:

@@ -52,13 +52,14 @@ from stopwatch import Took
 from tokenizers import Tokenizer, models
 
 from farfield.edge_client.data import Example, TokenExample, batches, collate
-from farfield.edge_client.train import forward, make_optimizer, train
+from farfield.edge_client.train import forward, train
 from farfield.emulator import backbone, stored
 from farfield.emulator.architecture import describe
 from farfield.emulator.assemble import tensors
 from farfield.emulator.bench import Bench, loaded
 from farfield.emulator.layout import Record
 from farfield.emulator.methods import Tuned, registered
+from farfield.emulator.schedule import make_optimizer
 from farfield.emulator.search import Choice, Material, compressed
 from farfield.emulator.split import split
 from farfield.kernels import cross_entropy
@@ -148,7 +149,7 @@ def prepare(case: Case) -> None:
     material = Material(model, split(len(describe(model).blocks), ENDS), [])
     emulator, layout = compressed(material, Choice("uniform", KEPT))
     case.emulator.mkdir()
-    record = Record(layout, case.plan("emulator", "lora").emulator_digest, 0)
+    record = Record(layout, case.plan("emulator", "lora").emulator_digest, backbone.fingerprint(case.backbone), 0)
     stored.save(emulator, backbone.load_tokenizer(case.backbone), record, case.emulator)
 
 
@@ -391,9 +392,10 @@ def main(
     with TemporaryDirectory(prefix="farfield-offsite-") as name:
         case = Case(Path(name), heads, texts, length, steps)
         runs = measure(case, [way for way in WAYS if not only or way in only], rounds)
-    on = torch.cuda.get_device_name() if device().type == "cuda" else f"{torch.get_num_threads()} threads"
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores ({platform.machine()})"
+    on = torch.cuda.get_device_name() if device().type == "cuda" else cores
     head = (
-        f"{date.today()}, {on} of {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
+        f"{date.today()}, {on}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, peft {peft.__version__}; "
         f"load {before:.1f} at the beginning, {os.getloadavg()[0]:.1f} at the end. "
         f"OPT-1.3B's shape at scale {heads / HEADS:g}: {BLOCKS} blocks, {case.width} wide, {case.vocabulary} tokens; "

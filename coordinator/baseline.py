@@ -96,9 +96,10 @@ class Offsite:
     full: float
 
     @property
-    def recovered(self) -> float:
-        """R: the share of what tuning on the backbone gains that plugging in gains as well."""
-        return (self.zero_shot - self.plug_in) / (self.zero_shot - self.full)
+    def recovered(self) -> float | None:
+        """R: the share of what tuning on the backbone gains that plugging in gains; None where it gains nothing."""
+        gain = self.zero_shot - self.full
+        return (self.zero_shot - self.plug_in) / gain if gain > 0 else None
 
 
 def compared(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from farfield.emulator import backbone
+from farfield.emulator.bundle import OWNER_ONLY
 from farfield.protocols.errors import RunError, TuningError
 
 from . import plans
@@ -50,6 +51,8 @@ def export(run: Path, out: Path, *, merged: bool, client: str | None = None) -> 
         if merged:
             bench.method.merge(bench.tuned).save_pretrained(out)
             bench.tokenizer.save_pretrained(out)
+            if (model_folder / OWNER_ONLY).exists():  # what holds the backbone is as much its owner's
+                (out / OWNER_ONLY).touch()
         else:
             bench.method.save(bench.tuned, out)
     return finished[-1]

@@ -136,6 +136,8 @@ def _conduct(grid: Grid, home: Home, store: Store, run: Run, folder: RunFolder) 
     model_folder = Path(info.backbone)
     if backbone.fingerprint(model_folder) != info.backbone_fingerprint:
         raise RunError("the backbone has changed since this run began", where=model_folder, hint="Start a new run.")
+    if not info.emulator and (model_folder / bundle.OWNER_ONLY).exists():
+        raise RunError(f"the backbone has been marked {bundle.OWNER_ONLY} since", where=model_folder)
     roster = home.roster()
     roll = _DatabaseRoll(store, run.name, _vouched_for(roster))
     roll.say("loading the backbone")

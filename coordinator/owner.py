@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farfield.emulator import layout
 from farfield.emulator.layout import is_emulator
-from farfield.protocols.errors import EmulatorError, RunError
+from farfield.emulator.methods import TuningMethod
+from farfield.protocols.errors import EmulatorError, PlanError, RunError
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State
 
@@ -49,18 +51,16 @@ class BackboneOwner:
         Raises:
             RunError: an emulator that the run has used is gone.
         """
-        last = self._last(number)
-        folder = self._made(last)
+        last, turns = self._last(number), self._plan.emulator.turns
+        if last and last == number - 1:
+            for turn in range(turns):
+                if not is_emulator(self._made(last, turn)):
+                    self._distil(last, turn, adapter)
+        folder = self._made(last, (number - 1) % turns)
         if folder == self._current:
             return
         if not is_emulator(folder):
-            if last != number - 1:
-                raise RunError("an emulator of this run is gone", where=folder, hint="Put it back.")
-            from farfield.emulator import plugin
-            from farfield.emulator.text import PublicText
-
-            own, before = PublicText.load(self._folder.text), self._made(self._last(last))
-            plugin.redistilled(self._plan, self._backbone, before, adapter, last, own, folder, self._progress)
+            raise RunError("an emulator of this run is gone", where=folder, hint="Put it back.")
         self._current = folder
         self._deliver(folder)
 
@@ -74,20 +74,46 @@ class BackboneOwner:
         emulator, plug_in = plugin.measure(map(self._bench, (self._current, self._backbone)), adapter, own)
         return emulator, plug_in
 
+    def _distil(self, number: int, turn: int, adapter: State) -> None:
+        from farfield.emulator import plugin
+        from farfield.emulator.text import PublicText
+
+        own, before = PublicText.load(self._folder.text), self._made(self._last(number), turn)
+        out = self._made(number, turn)
+        plugin.redistilled(self._plan, self._backbone, before, adapter, number, own, out, self._progress)
+
     def _last(self, number: int) -> int:
         """The round before `number` after which it was last time to distil anew; 0 where it never was."""
         every = self._plan.delivery.redistill_every
         return (number - 1) // every * every if every else 0
 
-    def _made(self, number: int) -> Path:
-        return self._folder.emulators_folder / f"round-{number:04d}" if number else self._first
+    def _made(self, number: int, turn: int) -> Path:
+        """The emulator of a turn, as it was distilled after round `number`."""
+        return layout.at_turn(self._folder.emulators_folder / f"round-{number:04d}" if number else self._first, turn)
 
 
-def check_emulator(plan: Plan, emulator: Path) -> None:
-    """Raises EmulatorError unless there is an emulator in `emulator`, and it was made for such a Plan."""
-    from farfield.emulator import layout
+def check_pluggable(plan: Plan) -> None:
+    """Raises PlanError where clients would keep a part of the adapter that no owner could plug in."""
+    assert isinstance(plan.tuning, TuningMethod)
+    if plan.tuning.sharing.local:
+        raise PlanError("each client of this Plan keeps a part of its adapter at home, so none can be plugged in")
 
-    layout.read(emulator).check(plan, emulator)
+
+def check_emulator(plan: Plan, emulator: Path, fingerprint: str) -> None:
+    """Make sure that what was tuned on an emulator will fit its backbone.
+
+    Args:
+        fingerprint: of the backbone.
+
+    Raises:
+        EmulatorError: there is none in `emulator`, or it was made for another Plan or from another backbone.
+    """
+    for turn in range(plan.emulator.turns):
+        folder = layout.at_turn(emulator, turn)
+        record = layout.read(folder)
+        record.check(plan, folder)
+        if record.backbone != fingerprint:
+            raise EmulatorError("made from another backbone", where=folder, hint="Build it again from this one.")
 
 
 def keep_text(plan: Plan, info: RunInfo, folder: RunFolder, public: Path | None) -> None:

@@ -20,7 +20,7 @@ from farfield.protocols.plan import Plan
 from . import engine, plans
 from .baseline import centralised, compared
 from .engine import Resources
-from .owner import BackboneOwner, check_emulator, keep_text
+from .owner import BackboneOwner, check_emulator, check_pluggable, keep_text
 from .results import Result, conclude, save_adapter
 from .runs import RoundRecord, RunFolder, RunInfo
 from .simulation import Faults, Fleet, Observer, Simulation, sources
@@ -109,7 +109,7 @@ def simulate(request: Request, progress: Progress) -> Result:
     new = RunInfo(
         name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
     )
-    at = lru_cache(2)(partial(Bench, plan))  # the emulator and the backbone stay loaded
+    at = lru_cache(1 + plan.emulator.turns)(partial(Bench, plan))  # emulators and backbone stay loaded
     bench = None if plan.delivery.kind == "emulator" else at(model_folder)
     if bench is not None:
         fleet = Fleet(plan, bench, clients, request.runs / name / "local")
@@ -165,16 +165,18 @@ def _check_delivery(plan: Plan, request: Request, model_folder: Path) -> None:
     if plan.delivery.kind == "adapter":
         if (model_folder / OWNER_ONLY).exists():
             raise PlanError(
-                f"delivery.kind = \"adapter\" gives clients the backbone, which is marked {OWNER_ONLY}",
+                f'delivery.kind = "adapter" gives clients the backbone, which is marked {OWNER_ONLY}',
                 where=request.plan,
                 hint='Use delivery.kind = "emulator".',
             )
         if request.emulator or request.public:
-            raise RunError("--emulator and --public are for a Plan with delivery.kind = \"emulator\"")
-    elif request.flower and plan.delivery.redistill_every:
+            raise RunError('--emulator and --public are for a Plan with delivery.kind = "emulator"')
+        return
+    check_pluggable(plan)
+    if request.flower and (plan.delivery.redistill_every or plan.emulator.turns > 1):
         raise RunError(
             "Flower's engine cannot change the emulator in the middle of a run",
-            hint="Leave --engine flower out, or delivery.redistill_every.",
+            hint="Leave --engine flower out, or delivery.redistill_every and emulator.turns.",
         )
 
 
@@ -184,7 +186,7 @@ def _emulator(plan: Plan, request: Request, folder: RunFolder, info: RunInfo, pr
     emulator = Path(info.emulator)
     if emulator == folder.emulator_folder.absolute() and not is_emulator(emulator):
         build.build(plan, Path(info.backbone), emulator, build.Request(data=request.public), progress)
-    check_emulator(plan, emulator)
+    check_emulator(plan, emulator, info.backbone_fingerprint)
     if not folder.text.exists():
         keep_text(plan, info, folder, request.public)
     return emulator

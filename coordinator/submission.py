@@ -19,7 +19,7 @@ from farfield.protocols.errors import PlanError, RunError, StorageError
 from . import plans
 from .accounts import accounts
 from .home import Home
-from .owner import check_emulator, keep_text
+from .owner import check_emulator, check_pluggable, keep_text
 from .runs import RoundRecord, RunFolder, RunInfo
 from .storage import BundleRow, Run, RunState, Store
 
@@ -59,6 +59,7 @@ def submit(
         account.begin(0)
     folder = backbone.resolve(plan.model.backbone, path.absolute().parent).resolve()
     backbone.check(folder)
+    fingerprint = backbone.fingerprint(folder)
     if (emulator is None) != (plan.delivery.kind == "adapter"):
         raise PlanError(
             f"delivery.kind = {plan.delivery.kind!r}" + (" ships an emulator" if emulator is None else " ships none"),
@@ -69,11 +70,11 @@ def submit(
         )
     if emulator is not None:
         emulator = emulator.resolve()
-        check_emulator(plan, emulator)
+        check_pluggable(plan)
+        check_emulator(plan, emulator, fingerprint)
     shipped = folder if emulator is None else emulator
     manifest = bundle.describe(shipped, "backbone" if emulator is None else "emulator")
     name = f"{now.astimezone():%Y%m%d-%H%M%S}-{path.stem}-{secrets.token_hex(2)}"
-    fingerprint = backbone.fingerprint(folder)
     info = RunInfo(name, plan.digest, str(folder), fingerprint, emulator=str(emulator) if emulator else None)
     made = RunFolder.create(home.runs / name, info, path.read_text(encoding="utf-8"))
     if emulator is not None:

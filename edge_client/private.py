@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
+from farfield.emulator.schedule import learning_rate, make_optimizer
 from farfield.kernels import clip
 from farfield.protocols.plan import Training
 from farfield.protocols.privacy.central import noised, summing_slack
@@ -28,7 +29,7 @@ from farfield.protocols.tensors import State
 
 from .data import IGNORED, Example, collate
 from .per_example import Recorder, recording
-from .train import Outcome, forward, learning_rate, make_optimizer
+from .train import Outcome, forward
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]

@@ -11,6 +11,7 @@ import torch
 
 from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
+from farfield.emulator.schedule import learning_rate, make_optimizer
 from farfield.kernels import cross_entropy
 from farfield.protocols.plan import Training
 from farfield.protocols.seeds import derive
@@ -50,20 +51,6 @@ def local_steps(training: Training, examples: int) -> int:
     assert training.epochs is not None
     micro_batches = math.ceil(examples / training.batch_size)
     return training.epochs * math.ceil(micro_batches / training.gradient_accumulation)
-
-
-def learning_rate(training: Training, step: int, horizon: int) -> float:
-    """The rate of optimiser step `step` (from 0) of `horizon`: a linear warm-up, then the Plan's schedule."""
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(1, horizon - training.warmup_steps)
-    match training.schedule:
-        case "constant":
-            return training.learning_rate
-        case "linear":
-            return training.learning_rate * (1 - progress)
-        case "cosine":
-            return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(
@@ -131,15 +118,6 @@ def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_
         correct += cross_entropy.hits(logits, labels)
         targets += int((labels != cross_entropy.IGNORED).sum())
     return Measured(loss / targets, targets, correct)
-
-
-def make_optimizer(training: Training, values: list[torch.Tensor]) -> torch.optim.Optimizer:
-    """The Plan's optimiser of `values`; whoever steps with it sets the rate."""
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            values, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(values, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def _micro_batches(examples: Sequence[Example], training: Training, seed: int) -> Iterator[list[list[Example]]]:

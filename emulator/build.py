@@ -1,11 +1,12 @@
 """Builds an emulator: text, choice of what remains, factors, distillation, 4 bits, and a folder that can be shipped.
 
     OUT/                    config.json  model.safetensors  tokenizer files  emulator.json      the bundle
+    OUT/turns/1/            another one, where emulators take turns
     OUT/build/              what stays with the owner
         request.json            what was asked for; the same command goes on where it stopped
         text.safetensors        the public text, cut once; its held-out part judges the emulator, here and in runs
         search.json             what a search under a budget has measured so far
-        distillation.safetensors    the checkpoint
+        distillation-0.safetensors  the checkpoint
         report.json             what was measured
 
 The bundle's files are written last, and `emulator.json` last of all, so a folder with one is whole.
@@ -32,7 +33,7 @@ from . import assemble, backbone, stored, text
 from .architecture import describe
 from .compress import tuned_gradient
 from .distill import Check, distil
-from .layout import LAYOUT, Layout, Record, is_emulator
+from .layout import LAYOUT, Layout, Record, at_turn, is_emulator
 from .objective import mean_loss, predicts_tokens
 from .search import Candidate, Choice, Fidelity, Material, compressed, fidelity, finished, middle_bytes, search, stated
 from .split import split
@@ -143,18 +144,43 @@ def build(plan: Plan, folder: Path, out: Path, request: Request, progress: Progr
         with writing(out):
             candidates = search(material, request.budget, workshop / "search.json", progress.on_candidate)
         choice = candidates[0].choice
-    progress.on_stage(f"compressing: {choice}")
-    emulator, layout = compressed(material, choice)
+    # The first, which is what makes the folder an emulator's, comes last.
+    for turn in range(plan.emulator.turns - 1, 0, -1):
+        if not is_emulator(at_turn(out, turn)):
+            _made(plan, folder, out, turn, material, choice, candidates, public, tokenizer, progress)
+    return _made(plan, folder, out, 0, material, choice, candidates, public, tokenizer, progress)
+
+
+def _made(
+    plan: Plan,
+    folder: Path,
+    out: Path,
+    turn: int,
+    material: Material,
+    choice: Choice,
+    candidates: tuple[Candidate, ...],
+    public: PublicText,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> Report:
+    """Make the emulator of one turn, and write it."""
+    model, parts = material.model, material.split
+    turns = plan.emulator.turns
+    progress.on_stage(f"compressing: {choice}" + (f", turn {turn + 1} of {turns}" if turns > 1 else ""))
+    emulator, layout = compressed(material, choice, turn, turns)
     progress.on_stage("measuring")
-    held_out = Material(model, parts, judged(public.held_out, size, JUDGED))
+    held_out = Material(model, parts, judged(public.held_out, plan.distillation.batch_size, JUDGED))
     whole = tuned_gradient(model, parts.outer, held_out.calibration)
     before = near = fidelity(held_out, emulator, layout, whole)
     checks: list[Check] = []
-    checkpoint = workshop / "distillation.safetensors"
+    workshop = out / WORKSHOP
+    checkpoint = workshop / f"distillation-{turn}.safetensors"
     if plan.distillation.steps:
         progress.on_stage("distilling")
         with writing(out):
-            checks = distilled(plan, model, emulator, layout, public, checkpoint, progress, seed=seed)
+            checks = distilled(
+                plan, model, emulator, layout, public, checkpoint, progress, seed=plan.training.seed + turn
+            )
     emulator, layout = finished(emulator, layout, choice)
     if checks or choice.quantization != "none":
         progress.on_stage("measuring")
@@ -172,9 +198,11 @@ def build(plan: Plan, folder: Path, out: Path, request: Request, progress: Progr
         checks=tuple(checks),
         candidates=candidates,
     )
+    steps = checks[-1].step if checks else 0
     with writing(out):
         (workshop / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        write(emulator, tokenizer, Record(layout, plan.emulator_digest, checks[-1].step if checks else 0), out)
+        record = Record(layout, plan.emulator_digest, backbone.fingerprint(folder), steps)
+        write(emulator, tokenizer, record, at_turn(out, turn))
         checkpoint.unlink(missing_ok=True)
     return report
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
 
+from farfield.protocols.errors import EmulatorError
+
 from .architecture import describe
 from .assemble import assemble
 from .layout import Layout
@@ -32,6 +34,21 @@ def uniform(model: PreTrainedModel, split: Split, keep: int, batches: Sequence[B
     if keep == 1:
         return (split.middle[depth // 2],)
     return tuple(split.middle[round(number * (depth - 1) / (keep - 1))] for number in range(keep))
+
+
+def in_turn(split: Split, keep: int, turn: int, turns: int) -> tuple[int, ...]:
+    """Blocks at equal distances, in each turn others: the middle in `keep` parts, of each part another place.
+
+    Raises:
+        EmulatorError: there are more turns than places.
+    """
+    depth = len(split.middle)
+    if turns * keep > depth:
+        raise EmulatorError(
+            f"emulator.turns = {turns} stand-ins of {keep} blocks each, and the middle has {depth}",
+            hint="Lower emulator.turns or emulator.blocks.",
+        )
+    return tuple(split.middle[int((place + (turn + 0.5) / turns) * depth / keep)] for place in range(keep))
 
 
 def clusters(model: PreTrainedModel, split: Split, keep: int, batches: Sequence[Batch]) -> tuple[int, ...]:
@@ -114,9 +131,12 @@ def tuned_gradient(model: PreTrainedModel, numbers: Sequence[int], batches: Sequ
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        total = torch.stack([loss(model, batch) for batch in batches]).mean()
-        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+        total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for batch in batches:  # one at a time: what backward needs of each is most of the memory
+            gradients = torch.autograd.grad(loss(model, batch), parameters, materialize_grads=True)
+            for whole, part in zip(total, gradients, strict=True):
+                whole += part
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-    return torch.cat([one.reshape(-1).float() for one in gradients])
+    return torch.cat([one.reshape(-1) for one in total]) / len(batches)

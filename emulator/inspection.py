@@ -12,7 +12,7 @@ from . import backbone, bundle
 from .architecture import describe
 from .assemble import compare
 from .layout import Layout, read
-from .stored import WEIGHTS, _held, _outline
+from .stored import WEIGHTS, held, outline
 
 if TYPE_CHECKING:
     import torch
@@ -84,21 +84,21 @@ def inspected(folder: Path) -> Inspection:
     record = read(folder)
     layout = record.layout
     backbone.check(folder)
-    held = _held(folder / WEIGHTS)
-    model = _matching(folder, layout, held)
+    header = held(folder / WEIGHTS)
+    model = _matching(folder, layout, header)
     path = describe(model).blocks_path
     bytes_of = {"outer": 0, "stand-in": 0, "other": 0}
     trained, parameters = 0, 0
-    for name, (shape, dtype) in held.items():
+    for name, (shape, dtype) in header.items():
         number = int(name.removeprefix(f"{path}.").partition(".")[0]) if name.startswith(f"{path}.") else None
         part = "other" if number is None else "stand-in" if number in layout.inner else "outer"
         bytes_of[part] += shape.numel() * dtype.itemsize
         packed = name.endswith(".packed") and not dtype.is_floating_point
-        scales = name.endswith(".scales") and f"{name.removesuffix('scales')}packed" in held
+        scales = name.endswith(".scales") and f"{name.removesuffix('scales')}packed" in header
         parameters += 0 if scales else shape.numel() * (2 if packed else 1)
         trained += shape.numel() if part == "outer" else 0
     manifest = bundle.describe(folder, "emulator")
-    dtype = next(dtype for name, (_, dtype) in held.items() if dtype.is_floating_point and ".scales" not in name)
+    dtype = next(dtype for name, (_, dtype) in header.items() if dtype.is_floating_point and ".scales" not in name)
     return Inspection(
         digest=manifest.digest,
         bundle_bytes=manifest.size,
@@ -125,7 +125,7 @@ def _matching(folder: Path, layout: Layout, held: _Held) -> PreTrainedModel:
     for task in _TASKS:
         try:
             config, kind = backbone.model_class(folder, task=task, labels=labels)
-            model = _outline(folder, config, layout, kind)
+            model = outline(folder, config, layout, kind)
             compare(model, held, folder / WEIGHTS)
         except (BackboneError, EmulatorError) as error:
             refused.append(error)

@@ -60,12 +60,14 @@ class Record:
 
     Attributes:
         plan: `Plan.emulator_digest` of the Plan that it was made for.
+        backbone: `backbone.fingerprint` of the folder that it was made from.
         distilled: optimiser steps of distillation that it has had.
         round: the round of a run with whose adapter it was distilled; 0 is none.
     """
 
     layout: Layout
     plan: str
+    backbone: str
     distilled: int
     round: int = 0
 
@@ -78,9 +80,14 @@ class Record:
             raise EmulatorError(
                 f"made for another Plan: {self.plan[:12]}…, and this one has {plan.emulator_digest[:12]}…",
                 where=where / LAYOUT,
-                hint="[model], [delivery], [emulator], [distillation], data.max_length and training.seed must be the "
-                "same. Build it again with `coordinator emulator build`.",
+                hint="[model], delivery.first and last, [emulator], [distillation], data.max_length and training.seed "
+                "must be the same. Build it again with `coordinator emulator build`.",
             )
+
+
+def at_turn(emulator: Path, turn: int) -> Path:
+    """The folder of the emulator whose turn it is, of those built together; the first is `emulator` itself."""
+    return emulator / "turns" / str(turn) if turn else emulator
 
 
 def is_emulator(folder: Path) -> bool:
@@ -112,7 +119,11 @@ def read(folder: Path) -> Record:
     if not {name.partition(".")[0] for name in layout.ranks} <= {str(number) for number in layout.middle}:
         raise EmulatorError("it gives ranks of blocks that it does not have", where=path)
     return Record(
-        Layout(split, tuple(layout.middle), layout.ranks, layout.quantization), found.plan, found.distilled, found.round
+        Layout(split, tuple(layout.middle), layout.ranks, layout.quantization),
+        found.plan,
+        found.backbone,
+        found.distilled,
+        found.round,
     )
 
 
@@ -148,5 +159,6 @@ class _Document(_Strict):
     format: Literal[1]
     layout: _Layout
     plan: str = Field(pattern="^[0-9a-f]{64}$")
+    backbone: str = Field(pattern="^[0-9a-f]{64}$")
     distilled: int = Field(ge=0)
     round: int = Field(ge=0)

@@ -17,7 +17,7 @@ from farfield.protocols.plan import Emulator
 
 from .architecture import describe
 from .assemble import assemble, tensors
-from .compress import SELECTIONS, tuned_gradient
+from .compress import SELECTIONS, in_turn, tuned_gradient
 from .factorise import factorised, rank_of
 from .layout import Layout
 from .objective import mean_loss, predicts_tokens
@@ -115,9 +115,16 @@ def stated(settings: Emulator, split: Split, keep: int | None) -> Choice:
     return Choice(settings.select, blocks, settings.low_rank, settings.quantization)
 
 
-def compressed(material: Material, choice: Choice) -> tuple[PreTrainedModel, Layout]:
-    """The emulator that the choice stands for, but for its 4 bits, which come after distillation."""
-    chosen = SELECTIONS[choice.select](material.model, material.split, choice.blocks, material.calibration)
+def compressed(material: Material, choice: Choice, turn: int = 0, turns: int = 1) -> tuple[PreTrainedModel, Layout]:
+    """The emulator that the choice stands for, but for its 4 bits, which come after distillation.
+
+    Args:
+        turn: from 0, which of `turns` emulators it is.
+    """
+    if turns > 1:
+        chosen = in_turn(material.split, choice.blocks, turn, turns)
+    else:
+        chosen = SELECTIONS[choice.select](material.model, material.split, choice.blocks, material.calibration)
     layout = Layout(material.split, chosen)
     emulator = assemble(material.model, layout)
     if choice.low_rank is not None:

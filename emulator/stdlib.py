@@ -86,9 +86,7 @@ def files(folder: Path | None = None, units: Collection[str] | None = None) -> I
                 yield path, file
 
 
-def sources(
-    folder: Path | None = None, *, of_clients: bool | None = None, tests: bool = True
-) -> Iterator[Source]:
+def sources(folder: Path | None = None, *, of_clients: bool | None = None, tests: bool = True) -> Iterator[Source]:
     """Every readable Python file of the standard library in path order; or those of one side of the split alone."""
     for path, file in files(folder):
         unit = owner(path)

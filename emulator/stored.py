@@ -58,11 +58,11 @@ def load(
     """
     from safetensors.torch import load_file
 
-    record, held = read(folder), _held(folder / WEIGHTS)
+    record, header = read(folder), held(folder / WEIGHTS)
     backbone.check(folder)
     config, kind = backbone.model_class(folder, task=task, labels=labels)
     config.dtype = number_format = getattr(torch, dtype)
-    compare(_outline(folder, config, record.layout, kind), held, folder / WEIGHTS)
+    compare(outline(folder, config, record.layout, kind), header, folder / WEIGHTS)
     model = skeleton(config, record.layout, kind, attention)
     own_format = fixed(model)
     content = {
@@ -72,7 +72,7 @@ def load(
     return fill(model, content, folder / WEIGHTS), record
 
 
-def _held(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def held(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and number format of each tensor in the file; nothing else of it is read."""
     from safetensors import SafetensorError, safe_open
 
@@ -87,7 +87,7 @@ def _held(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         raise EmulatorError(f"no valid safetensors file: {error}", where=path, hint=MISMATCH) from None
 
 
-def _outline(folder: Path, config: PreTrainedConfig, layout: Layout, kind: type[PreTrainedModel]) -> PreTrainedModel:
+def outline(folder: Path, config: PreTrainedConfig, layout: Layout, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The skeleton with nothing in memory, buffers included. Raises EmulatorError where there can be none."""
     where, layers = folder / "config.json", getattr(config.get_text_config(), "num_hidden_layers", None)
     if layers != len(layout.origins):

@@ -250,12 +250,22 @@ class Emulator(Settings):
 
     `low_rank` is the share of their linear layers' parameters that is left when these are factorised; `nf4` stores
     what remains in 4 bits.
+
+    With `turns` so many stand-ins are made, of other blocks each, and take turns from round to round: what is tuned
+    then fits none of them better than the backbone. Clients get all of them.
     """
 
     select: Literal["uniform", "clusters", "influence", "gradient"] = "uniform"
     blocks: PositiveInt | None = None
     low_rank: Annotated[float, Field(gt=0, lt=1)] | None = None
     quantization: Literal["none", "nf4"] = "none"
+    turns: Annotated[int, Field(ge=1, le=16)] = 1
+
+    @model_validator(mode="after")
+    def _evenly_where_there_are_turns(self) -> Self:
+        if self.turns > 1 and self.select != "uniform":
+            raise ValueError("'turns' goes with select = \"uniform\": the other ways have one best choice of blocks")
+        return self
 
 
 class Distillation(Settings):

@@ -90,9 +90,7 @@ def test_a_run_on_an_emulator_from_end_to_end(place: Place, backbone: Path) -> N
 
     merged = place.path / "merged"
     export(result.folder, merged, merged=True)
-    before, after = (
-        dict(AutoModelForCausalLM.from_pretrained(one).named_parameters()) for one in (backbone, merged)
-    )
+    before, after = (dict(AutoModelForCausalLM.from_pretrained(one).named_parameters()) for one in (backbone, merged))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith(("model.layers.0.", "model.layers.4.")) for name in changed)
 
@@ -156,6 +154,42 @@ def test_distilling_anew_goes_on_where_it_stopped(
     assert RunFolder.open(run).rounds() == [0, 1, 2]
     resumed = simulate(replace(stopped, resume=str(run)), Watching())
     assert resumed.adapter_digest == whole.adapter_digest
+
+
+def test_emulators_take_turns(place: Place) -> None:
+    """In each round clients get the emulator whose turn it is, and what they tune on one goes on on the next."""
+    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"blocks": 1, "turns": 3})
+    result = go(place)
+    folder = RunFolder.open(result.folder)
+    middles = [layout.read(layout.at_turn(folder.emulator_folder, turn)).layout.middle for turn in range(3)]
+    assert middles == [(1,), (2,), (3,)]
+    losses = [record.emulator_loss for record in folder.records()]
+    assert len(set(losses)) == 4, "another emulator is measured after each round"
+    resumed = Request(place.path / "plan.toml", data=place.path / "data", runs=place.path / "runs")
+    (folder.path / "checkpoints" / "round-0003.safetensors").unlink()
+    (folder.path / "checkpoints" / "round-0002.safetensors").unlink()
+    again = simulate(replace(resumed, resume=str(folder.path)), Watching())
+    assert again.adapter_digest == result.adapter_digest
+
+    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"blocks": 2, "turns": 2})
+    with pytest.raises(EmulatorError, match="2 stand-ins of 2 blocks each, and the middle has 3"):
+        go(place)
+
+
+def test_an_emulator_of_another_backbone_is_refused(place: Place, tmp_path: Path) -> None:
+    emulator = RunFolder.open(go(place).folder).emulator_folder
+    (place.path / "backbone").unlink()
+    other = write_backbone(tmp_path / "other", layers=5)
+    (other / "generation_config.json").write_text('{"eos_token_id": 1}', encoding="utf-8")
+    (place.path / "backbone").symlink_to(other)
+    with pytest.raises(EmulatorError, match="made from another backbone"):
+        go(place, emulator=emulator)
+
+
+def test_a_part_that_stays_at_home_cannot_be_plugged_in(place: Place) -> None:
+    place.plan(delivery=DELIVERY, distillation=DISTILLATION, tuning={"local_b": True})
+    with pytest.raises(PlanError, match="keeps a part of its adapter at home"):
+        go(place)
 
 
 def _killed_in_round(number: int, error: type[BaseException]) -> Any:

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farfield.edge_client.data import IGNORED, ClassExample, Example, TokenExample
-from farfield.edge_client.train import evaluate, learning_rate, local_steps, train
+from farfield.edge_client.train import evaluate, local_steps, train
 from farfield.emulator.methods import Tuned
+from farfield.emulator.schedule import learning_rate
 from farfield.protocols.plan import Training
 from farfield.protocols.tensors import State
 

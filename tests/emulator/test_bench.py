@@ -210,7 +210,9 @@ def write_emulator(path: Path, plan: Plan, backbone_folder: Path, middle: tuple[
     batch = {"input_ids": torch.arange(2, 18).view(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     emulator, layout = quantised(*factorised(assemble(model, layout), layout, 0.5, [batch]))
     path.mkdir(exist_ok=True)
-    stored.save(emulator, backbone.load_tokenizer(backbone_folder), Record(layout, plan.emulator_digest, 0), path)
+    stored.save(
+        emulator, backbone.load_tokenizer(backbone_folder), Record(layout, plan.emulator_digest, "0" * 64, 0), path
+    )
     return path
 
 

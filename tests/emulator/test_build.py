@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +254,8 @@ def test_a_disk_that_refuses_leaves_what_can_be_gone_on_with(
     places: dict[str, tuple[object, str]] = {
         "search": (building, "search"),
         "checkpoint": (distill, "save_file"),
-        "report": (building.stored, "save"),
-        "weights": (building.shutil, "rmtree"),
+        "report": (stored, "save"),
+        "weights": (shutil, "rmtree"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*places[what], full)

@@ -62,7 +62,7 @@ def test_parameters_are_those_that_the_model_computes_with(made: tuple[Path, Pat
     counts, sizes = [], []
     for number_format in ("none", "nf4"):
         out = tmp_path / number_format
-        asked = {"distillation": {"steps": 0}, "emulator": {"blocks": 2, "quantization": number_format}}
+        asked: dict[str, Any] = {"distillation": {"steps": 0}, "emulator": {"blocks": 2, "quantization": number_format}}
         built(plan_of(**asked), made[0], out, made[1])
         found = inspected(out)
         assert found.ranks is None

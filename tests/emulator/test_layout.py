@@ -55,7 +55,7 @@ def test_blocks_keep_the_order_that_they_have_in_the_backbone(layout: Layout) ->
 @given(layouts(), st.integers(0, 10**6), st.integers(0, 99))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read(tmp_path: Path, layout: Layout, distilled: int, number: int) -> None:
-    record = Record(layout, DIGEST, distilled, number)
+    record = Record(layout, DIGEST, DIGEST, distilled, number)
     record.write(tmp_path)
     assert read(tmp_path) == record
     assert is_emulator(tmp_path)
@@ -72,6 +72,7 @@ def document(**changes: Any) -> dict[str, Any]:
             "quantization": "nf4",
         },
         "plan": DIGEST,
+        "backbone": DIGEST,
         "distilled": 10,
         "round": 0,
     }
@@ -108,6 +109,7 @@ def test_the_document_of_these_tests_is_fine(tmp_path: Path) -> None:
         ({"more": 1}, "more: "),
         ({"plan": "x"}, "plan: "),
         ({"plan": "AB" * 32}, "plan: "),
+        ({"backbone": "x"}, "backbone: "),
         ({"distilled": -1}, "distilled: "),
         ({"distilled": 1.5}, "distilled: "),
         ({"distilled": True}, "distilled: "),
@@ -169,7 +171,7 @@ def test_a_folder_without_a_record(tmp_path: Path) -> None:
 def test_an_emulator_of_another_plan_is_refused(tmp_path: Path) -> None:
     plan = plans.parse(PLAN, registered(), None)
     layout = Layout(Split(6, 2, 2), (2,))
-    Record(layout, plan.emulator_digest, 0).check(plan, tmp_path)
+    Record(layout, plan.emulator_digest, "0" * 64, 0).check(plan, tmp_path)
     other = plans.parse(PLAN.replace("rounds = 2", "rounds = 2\nseed = 1"), registered(), None)
     with pytest.raises(EmulatorError, match=r"emulator\.json: made for another Plan: .* must be the same"):
-        Record(layout, plan.emulator_digest, 0).check(other, tmp_path)
+        Record(layout, plan.emulator_digest, "0" * 64, 0).check(other, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -38,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tokenizer = backbones.load_tokenizer(folder)
     public = building.prepared(plan_of(), text.read(data, "backbone"), tokenizer)
     training = Training(rounds=1, steps=150, batch_size=8, learning_rate=5e-3)
-    model.get_output_embeddings().weight.mul_(15)  # as it is drawn, it cannot tell tokens apart
+    head: Any = model.get_submodule("lm_head")
+    head.weight.mul_(15)  # as it is drawn, it cannot tell tokens apart
     for block in describe(model).blocks[1:5]:
         block.requires_grad_(True)
     fit(Tuned(model), training, lambda step: text.batches(public.train, 8, seed=0, step=step))
@@ -46,14 +48,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, data
 
 
-def measured(folder: Path, out: Path, steps: int = 4, **sections: dict[str, object]) -> Leakage:
+def measured(folder: Path, out: Path, steps: int = 4, **sections: Any) -> Leakage:
     public = PublicText.load(out / building.TEXT)
     return leakage.measure(plan_of(**sections), folder, out, public, steps, Notes())
 
 
 def test_an_emulator_with_the_whole_middle_protects_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, data = made
-    asked = {"distillation": {"steps": 0}, "emulator": {"blocks": 4}}
+    asked: dict[str, Any] = {"distillation": {"steps": 0}, "emulator": {"blocks": 4}}
     built(plan_of(**asked), folder, tmp_path / "out", data)
     before = shipped(tmp_path / "out")
     found = measured(folder, tmp_path / "out", **asked)
@@ -71,7 +73,7 @@ def test_an_emulator_with_the_whole_middle_protects_nothing(made: tuple[Path, Pa
 
 def test_four_bits_of_the_whole_middle_protect_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, data = made
-    asked = {"distillation": {"steps": 0}, "emulator": {"quantization": "nf4"}}
+    asked: dict[str, Any] = {"distillation": {"steps": 0}, "emulator": {"quantization": "nf4"}}
     built(plan_of(**asked), folder, tmp_path / "out", data)
     found = measured(folder, tmp_path / "out", steps=2, **asked)
     given = found.disclosed.middle
@@ -88,7 +90,7 @@ def test_four_bits_of_the_whole_middle_protect_nothing(made: tuple[Path, Path], 
 
 def test_a_stand_in_of_random_weights_is_near_the_floor(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, data = made
-    asked = {"distillation": {"steps": 0}, "emulator": {"blocks": 4}}
+    asked: dict[str, Any] = {"distillation": {"steps": 0}, "emulator": {"blocks": 4}}
     plan, out = plan_of(**asked), tmp_path / "out"
     built(plan, folder, out, data)
     model = backbones.load_model(folder, task="causal-lm", dtype="float32")
@@ -96,7 +98,7 @@ def test_a_stand_in_of_random_weights_is_near_the_floor(made: tuple[Path, Path],
     emulator = assemble(model, layout)
     own_middle(emulator, layout)
     leakage.redrawn(emulator, layout, seed=99)
-    building.write(emulator, backbones.load_tokenizer(folder), Record(layout, plan.emulator_digest, 0), out)
+    building.write(emulator, backbones.load_tokenizer(folder), Record(layout, plan.emulator_digest, "0" * 64, 0), out)
     found = measured(folder, out, **asked)
     # Norms of ones are all that such a stand-in could have in common with the middle.
     assert found.disclosed.middle.given < 0.01
@@ -111,7 +113,7 @@ def test_a_stand_in_of_random_weights_is_near_the_floor(made: tuple[Path, Path],
 
 def test_the_same_measuring_gives_the_same_figures(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder, data = made
-    asked = {"emulator": {"blocks": 2, "low_rank": 0.5, "quantization": "nf4"}}
+    asked: dict[str, Any] = {"emulator": {"blocks": 2, "low_rank": 0.5, "quantization": "nf4"}}
     built(plan_of(**asked), folder, tmp_path / "out", data)
     first = measured(folder, tmp_path / "out", steps=2, **asked)
     assert first == measured(folder, tmp_path / "out", steps=2, **asked)
@@ -176,6 +178,18 @@ def test_a_block_that_moved_is_no_longer_given_away() -> None:
     moved = disclosed(model, emulator, layout)
     assert before.middle.unchanged - moved.middle.unchanged == sum(one.numel() for one in parameters)
     assert 0 < moved.error < 0.01
+
+
+@pytest.mark.parametrize("part", ["packed", "scales"])
+def test_four_bits_of_other_weights_are_not_counted(part: str) -> None:
+    model = families.deep("llama")
+    made_of, choice = Material(model, Split(6, 1, 1), [families.text("llama")]), Choice("uniform", 1, None, "nf4")
+    emulator, layout = finished(*compressed(made_of, choice), choice)
+    before = disclosed(model, emulator, layout)
+    layer: Any = emulator.get_submodule("model.layers.1.mlp.up_proj")
+    getattr(layer, part)[0] += 1
+    after = disclosed(model, emulator, layout)
+    assert before.middle.rounded - after.middle.rounded == layer.in_features * layer.out_features
 
 
 def test_a_stand_in_that_is_drawn_anew_has_nothing_left() -> None:

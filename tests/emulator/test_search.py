@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -22,7 +23,8 @@ from farfield.protocols.errors import EmulatorError
 
 
 def material(family: str = "llama", dtype: torch.dtype = torch.float32) -> Material:
-    return Material(families.deep(family).to(dtype), Split(6, 1, 1), [families.text(family)])
+    model: Any = families.deep(family)
+    return Material(model.to(dtype), Split(6, 1, 1), [families.text(family)])
 
 
 @pytest.mark.parametrize(
@@ -53,9 +55,14 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path, monkey
     # The last one measured is taken away, and made again; nothing else is.
     rows = json.loads(kept.read_text())
     kept.write_text(json.dumps(rows[:-1]))
-    made = []
+    made: list[Choice] = []
     original = searching.compressed
-    monkeypatch.setattr(searching, "compressed", lambda *one: made.append(one[1]) or original(*one))
+
+    def counted(of: Material, choice: Choice) -> Any:
+        made.append(choice)
+        return original(of, choice)
+
+    monkeypatch.setattr(searching, "compressed", counted)
     again = search(made_of, budget, kept, lambda *_: None)
     assert [choice.blocks for choice in made] == [rows[-1]["choice"]["blocks"]]
     assert again == first

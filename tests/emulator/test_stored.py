@@ -53,7 +53,7 @@ def made(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> t
 def write(emulator: PreTrainedModel, layout: Layout, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     tokenizer: Any = Words()
-    stored.save(emulator, tokenizer, Record(layout, "0" * 64, 0), folder)
+    stored.save(emulator, tokenizer, Record(layout, "0" * 64, "0" * 64, 0), folder)
     return folder
 
 
@@ -156,7 +156,12 @@ def test_no_path_of_the_owners_machine_is_in_it(tmp_path: Path) -> None:
     model = backbone.load_model(folder, task="causal-lm", dtype="float32")
     (tmp_path / "out").mkdir()
     layout = Layout(PARTS, (1,))
-    stored.save(assemble(model, layout), backbone.load_tokenizer(folder), Record(layout, "0" * 64, 0), tmp_path / "out")
+    stored.save(
+        assemble(model, layout),
+        backbone.load_tokenizer(folder),
+        Record(layout, "0" * 64, "0" * 64, 0),
+        tmp_path / "out",
+    )
     files = list((tmp_path / "out").iterdir())
     assert {"config.json", LAYOUT, stored.WEIGHTS, "tokenizer.json"} <= {file.name for file in files}
     assert not any(b"somewhere-secret" in file.read_bytes() for file in files)

@@ -30,9 +30,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def offsite(toy: Path) -> Path:
-    return plan(
-        toy, 3, 2, len(CLIENTS), delivery=DELIVERY, distillation=DISTILLATION, model={"owner_only": True}
-    )
+    return plan(toy, 3, 2, len(CLIENTS), delivery=DELIVERY, distillation=DISTILLATION, model={"owner_only": True})
 
 
 def test_clients_tune_what_they_never_get(toy: Path, tmp_path: Path) -> None:
@@ -55,9 +53,7 @@ def test_clients_tune_what_they_never_get(toy: Path, tmp_path: Path) -> None:
             assert len(bundles) == 2, "the first, and the one that was distilled anew after two rounds"
 
     runs = tmp_path / "simulated"
-    running.command(
-        "coordinator", "simulate", file, "--data", toy / "data", "--runs", runs, "--emulator", emulator
-    )
+    running.command("coordinator", "simulate", file, "--data", toy / "data", "--runs", runs, "--emulator", emulator)
     (simulated,) = runs.iterdir()
     equal(RunFolder.open(Path(run["folder"])), RunFolder.open(simulated))
 
