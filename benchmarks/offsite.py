@@ -99,8 +99,8 @@ SST2: Sections = {
     "distillation": {"steps": 200, "batch_size": 32, "check_every": 50},
 }  # fmt: skip
 
-LORA: Final = {"kind": "lora", "rank": 8}
-FULL: Final = {"kind": "full"}
+LORA: Final[Mapping[str, Any]] = {"kind": "lora", "rank": 8}
+FULL: Final[Mapping[str, Any]] = {"kind": "full"}
 RATES: Final = {("builtin", "full"): 1e-3, ("sst2", "full"): 2e-4}
 
 

@@ -170,8 +170,8 @@ def print_leakage(console: Console, found: Leakage) -> None:
         table.add_row(title, _share(share.unchanged, share.parameters), _share(share.rounded, share.parameters),
                       _held(share))  # fmt: skip
     console.print(table, highlight=False)
-    said = "The matrices that the stand-in was made from differ from what it has of them by"
-    plain(console, f"{said} {given.error:.1%} of their norm.")
+    made = f"The stand-in was made from {given.blocks:.0%} of the middle's blocks"
+    plain(console, f"{made}, whose matrices differ from what it has of them by {given.error:.1%} of their norm.")
     plain(console, f"{found.hidden:.1%} of the stream behind the middle is wrong.")
     if (losses := found.losses) is not None:
         shown = titled(right=2)

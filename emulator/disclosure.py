@@ -59,6 +59,7 @@ class Disclosure:
         around: embeddings, final norm and head.
         outer: the blocks that are tuned.
         middle: the blocks that are stood for.
+        blocks: share of the middle's blocks that the stand-in was made from.
         error: ‖W − W'‖ / ‖W‖ over all matrices W of the middle's blocks that the stand-in was made from, where W' is
             what it has of them: rounded to 4 bits (some 0.1), multiplied out from factors, or moved by distillation.
     """
@@ -67,11 +68,12 @@ class Disclosure:
     around: Share
     outer: Share
     middle: Share
+    blocks: float
     error: float
 
     def document(self) -> dict[str, Any]:
         parts = ("whole", "around", "outer", "middle")
-        return {part: getattr(self, part).document() for part in parts} | {"error": self.error}
+        return {part: getattr(self, part).document() for part in parts} | {"blocks": self.blocks, "error": self.error}
 
 
 @torch.no_grad()
@@ -94,6 +96,7 @@ def disclosed(model: PreTrainedModel, emulator: PreTrainedModel, layout: Layout)
     shares = {part: Share(*count) for part, count in counts.items()}
     return Disclosure(
         whole=Share(*(sum(column) for column in zip(*counts.values(), strict=True))),
+        blocks=len(set(layout.middle)) / len(layout.split.middle),
         error=_error(model, emulator, layout),
         **shares,
     )

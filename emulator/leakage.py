@@ -50,6 +50,9 @@ PARTS: Final = 4
 WHOLE: Final = 0.99
 """A middle of which so much is there counts as given away."""
 
+NEAR: Final = 0.15
+"""So does one whose matrices are all there and off by no more of their norm; NF4 puts them off by 0.09 to 0.1."""
+
 
 class Progress(Protocol):
     """Is told how the measuring goes on."""
@@ -125,6 +128,7 @@ class Leakage:
     """What was measured.
 
     Attributes:
+        turns: how many emulators take turns; this is the first of them.
         hidden: share of the stream behind the middle that the stand-in gets wrong, see `search.stream_error`.
         losses: None for a classifier, whose classes public text does not have.
     """
@@ -133,6 +137,7 @@ class Leakage:
     disclosed: Disclosure
     hidden: float
     losses: Losses | None
+    turns: int = 1
 
     @property
     def verdict(self) -> tuple[str, ...]:
@@ -141,14 +146,20 @@ class Leakage:
         if failures:
             return tuple(f"This emulator protects nothing{one}" for one in failures)
         given = self.disclosed.whole.given
+        others = (
+            (f"Clients get {self.turns} emulators that take turns, and this is about the first of them alone.",)
+            if self.turns > 1
+            else ()
+        )
         parameters = f"{given:.0%} of the backbone's parameters are in it as they are or in 4 bits"
         if self.losses is None:
             return (
                 f"Of the middle {1 - self.disclosed.middle.given:.0%} of the parameters are not in this emulator, and "
                 f"it gets {self.hidden:.1%} of the stream behind the middle wrong; {parameters}.",
                 "How good it is as a classifier, alone or after an attack, cannot be told from text without classes.",
+                *others,
             )
-        return (*_kept_back(self.losses, self.budget), f"Besides, {parameters}.", _LIMITS)
+        return (*_kept_back(self.losses, self.budget), f"Besides, {parameters}.", *others, _LIMITS)
 
     def document(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -169,7 +180,12 @@ _LIMITS: Final = (
 
 def _given_away(found: Disclosure) -> tuple[str, ...]:
     if found.middle.given < WHOLE:
-        return ()
+        if found.blocks < 1 or found.error > NEAR:
+            return ()
+        return (
+            f": every block of the middle is in it, and its matrices are off by {found.error:.1%} of their norm, where "
+            "4 bits put them off by some 10 %. Whoever has it has the backbone but for that.",
+        )
     how = "" if found.middle.unchanged > found.middle.rounded else ", most of it rounded to 4 bits"
     return (f": {found.middle.given:.0%} of the middle's parameters are in it{how}. Whoever has it has the backbone.",)
 
@@ -238,7 +254,7 @@ def measure(plan: Plan, backbone: Path, emulator: Path, public: PublicText, step
     given = disclosed(models[0], models[1], record.layout)
     hidden = stream_error(models[0], models[1], record.layout, held_out)
     if plan.model.task != "causal-lm":
-        return Leakage(budget, given, hidden, None)
+        return Leakage(budget, given, hidden, None, plan.emulator.turns)
     whole, part = (mean_loss(model, held_out) for model in models)
     del models
     emulator_tuned, plug_in, backbone_tuned = _tuned(plan, backbone, emulator, public, held_out, steps, progress)
@@ -246,7 +262,8 @@ def measure(plan: Plan, backbone: Path, emulator: Path, public: PublicText, step
     attacked = _attacked(plan, emulator, budget, public, held_out, progress.on_step, redraw=False)
     progress.on_stage("attacking what is left without its stand-in")
     floor = _attacked(plan, emulator, budget, public, held_out, progress.on_step, redraw=True)
-    return Leakage(budget, given, hidden, Losses(whole, part, emulator_tuned, plug_in, backbone_tuned, attacked, floor))
+    losses = Losses(whole, part, emulator_tuned, plug_in, backbone_tuned, attacked, floor)
+    return Leakage(budget, given, hidden, losses, plan.emulator.turns)
 
 
 def _tuned(

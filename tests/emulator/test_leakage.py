@@ -209,7 +209,7 @@ LOSSES = Losses(
     backbone=4.0, emulator=4.6, emulator_tuned=3.8, plug_in=3.5, backbone_tuned=3.4, attacked=3.9, floor=4.4
 )
 NOTHING = Share(100, 400, 0, 0)
-HALF = Disclosure(Share(300, 1200, 200, 0), Share(100, 400, 100, 0), Share(100, 400, 100, 0), NOTHING, 0.5)
+HALF = Disclosure(Share(300, 1200, 200, 0), Share(100, 400, 100, 0), Share(100, 400, 100, 0), NOTHING, 0.5, 0.5)
 FOUND = Leakage(Budget(200, 8, 128, 1e-3), HALF, 0.25, LOSSES)
 
 
@@ -267,3 +267,19 @@ def test_the_verdict_claims_no_more_than_was_measured() -> None:
     assert "cannot be told from text without classes" in " ".join(few[1].verdict)
     assert "too near the backbone" in " ".join(few[2].verdict)
     assert "makes the backbone no better" in " ".join(few[3].verdict)
+
+
+def test_a_middle_that_was_hardly_moved_counts_as_given_away() -> None:
+    """Distillation leaves no value as it was, and yet all of the middle may be there."""
+    moved = replace(HALF, blocks=1.0, error=0.03)
+    (said,) = Leakage(Budget(10, 2, 16, 1e-3), moved, 0.1, None).verdict
+    assert said.startswith("This emulator protects nothing: every block of the middle is in it")
+    assert "3.0% of their norm" in said
+    for kept in (replace(moved, error=0.4), replace(moved, blocks=0.5)):
+        assert "protects nothing" not in Leakage(Budget(10, 2, 16, 1e-3), kept, 0.1, None).verdict[0]
+
+
+def test_those_who_take_turns_are_said_to_be_more() -> None:
+    said = Leakage(Budget(10, 2, 16, 1e-3), HALF, 0.1, None, turns=3).verdict
+    assert any("Clients get 3 emulators that take turns" in sentence for sentence in said)
+    assert not any("take turns" in sentence for sentence in Leakage(Budget(10, 2, 16, 1e-3), HALF, 0.1, None).verdict)
