@@ -23,12 +23,13 @@ standard library without what the clients hold, for SST-2 the sentences of its t
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -57,10 +58,11 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A row: how the middle is compressed to half of its bytes or less."""
+    """A row: how the middle is compressed to half of its bytes or less, and what else is done another way."""
 
     name: str
     emulator: Mapping[str, Any]
+    other: Sections = field(default_factory=dict)
 
 
 STRATEGIES: Final = (
@@ -72,6 +74,16 @@ STRATEGIES: Final = (
     Strategy("low rank, all blocks", {"low_rank": 0.5}),
     Strategy("NF4, all blocks", {"quantization": "nf4"}),
 )
+
+UNIFORM: Final = {"select": "uniform"}
+VARIATIONS: Final = (
+    Strategy("two blocks", {**UNIFORM, "blocks": 2}),
+    Strategy("rank 2", UNIFORM, {"tuning": {"rank": 2}}),
+    Strategy("proximal, μ = 0.3", UNIFORM, {"training": {"proximal_mu": 0.3}}),
+    Strategy("distilled anew every two rounds", UNIFORM, {"delivery": {"redistill_every": 2}}),
+    Strategy("distilled with LM loss", UNIFORM, {"distillation": {"lm_weight": 1.0}}),
+)
+"""What may turn the order of emulator and plug-in around; on the builtin backbone, with LoRA, distilled."""
 
 BUILTIN: Sections = {
     "model": {"backbone": "builtin:tiny-llama-py"},
@@ -140,7 +152,7 @@ class Series:
     """The rows of one backbone and its clients, in a folder that keeps what was done."""
 
     def __init__(self, name: str, sections: Sections, work: Path, data: Path | None, public: Path | None) -> None:
-        self._name, self._sections, self._work, self._data, self._public = name, sections, work, data, public
+        self.name, self._sections, self._work, self._data, self._public = name, sections, work, data, public
         self._clients: list[Source] = sources(CLIENTS, data)
         work.mkdir(parents=True, exist_ok=True)
 
@@ -186,21 +198,24 @@ class Series:
 
     def _full(self, path: Path, tuning: Mapping[str, Any], folder: Path) -> list[tuple[float, float]]:
         """Loss and accuracy of the backbone before, and after it was tuned itself."""
-        kept = self._work / f"backbone-{tuning['kind']}.json"
+        whole = on_backbone(plans.load(path))
+        alike = hashlib.sha256(f"{whole.tuning}{whole.training}".encode()).hexdigest()[:16]
+        kept = self._work / f"backbone-{alike}.json"
         if not kept.exists():
-            whole = on_backbone(plans.load(path))
             adapter = tuned_whole(whole, folder, self._clients, SimulationConsole(Console()))
             kept.write_text(json.dumps(judged(whole, folder, self._clients, [None, adapter])))
         return [(loss, accuracy) for loss, accuracy in json.loads(kept.read_text())]
 
     def _plan(self, stem: str, tuning: Mapping[str, Any], strategy: Strategy, distillation: Mapping[str, Any]) -> Path:
-        rate = RATES.get((self._name, tuning["kind"]), self._sections["training"]["learning_rate"])
-        document = {name: dict(keys) for name, keys in self._sections.items()} | {
-            "tuning": dict(tuning),
+        rate = RATES.get((self.name, tuning["kind"]), self._sections["training"]["learning_rate"])
+        usual: Sections = {
+            **self._sections,
+            "tuning": tuning,
             "training": {**self._sections["training"], "learning_rate": rate},
-            "emulator": dict(strategy.emulator),
+            "emulator": strategy.emulator,
             "distillation": {**self._sections["distillation"], **distillation},
         }
+        document = {name: {**keys, **strategy.other.get(name, {})} for name, keys in usual.items()}
         path = self._work / f"{stem}.toml"
         path.write_text(tomli_w.dumps(document), encoding="utf-8")
         return path
@@ -213,8 +228,11 @@ def _number(value: float | None) -> float:
 
 def rows(series: Series, *, kept: bool) -> Iterator[Row]:
     """All rows in the order of the table, or those that were measured before."""
+    wanted: list[tuple[Mapping[str, Any], Strategy, Mapping[str, Any]]]
     wanted = [(LORA, strategy, distillation) for strategy in STRATEGIES for distillation in ({}, {"steps": 0})]
-    for tuning, strategy, distillation in [*wanted, *((FULL, strategy, {}) for strategy in STRATEGIES)]:
+    wanted += [(LORA, strategy, {}) for strategy in VARIATIONS if series.name == "builtin"]
+    wanted += [(FULL, strategy, {}) for strategy in STRATEGIES]
+    for tuning, strategy, distillation in wanted:
         row = series.kept(tuning, strategy, distillation)
         if row is None and not kept:
             row = series.measured(tuning, strategy, distillation)
