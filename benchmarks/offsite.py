@@ -226,13 +226,15 @@ def _number(value: float | None) -> float:
     return value
 
 
-def rows(series: Series, *, kept: bool) -> Iterator[Row]:
+def rows(series: Series, only: Sequence[str], *, kept: bool) -> Iterator[Row]:
     """All rows in the order of the table, or those that were measured before."""
     wanted: list[tuple[Mapping[str, Any], Strategy, Mapping[str, Any]]]
     wanted = [(LORA, strategy, distillation) for strategy in STRATEGIES for distillation in ({}, {"steps": 0})]
     wanted += [(LORA, strategy, {}) for strategy in VARIATIONS if series.name == "builtin"]
     wanted += [(FULL, strategy, {}) for strategy in STRATEGIES]
     for tuning, strategy, distillation in wanted:
+        if only and strategy.name not in only:
+            continue
         row = series.kept(tuning, strategy, distillation)
         if row is None and not kept:
             row = series.measured(tuning, strategy, distillation)
@@ -267,6 +269,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of SST-2; without it, the builtin backbone.")] = None,
     encoder: Annotated[Path | None, typer.Option("--backbone", help="A local Hugging Face encoder.")] = None,
     write: Annotated[Path | None, typer.Option(help="Put the table into this file.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Do the rows of this strategy; may be given again.")] = None,
     kept: Annotated[bool, typer.Option("--kept", help="Do no more; print what was measured before.")] = False,
 ) -> None:
     if data is None:
@@ -281,7 +284,7 @@ def main(
     series = Series(name, sections, work, dealt, public)
     lines = list(_head(accuracy=data is not None))
     print("\n".join(lines))
-    for row in rows(series, kept=kept):
+    for row in rows(series, only or [], kept=kept):
         lines.append(row.cells(accuracy=data is not None))
         print(lines[-1], flush=True)
     if write is not None:
