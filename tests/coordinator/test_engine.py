@@ -23,7 +23,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
-from tiny import Place, write_backbone
+from tiny import Place, Silent, write_backbone
 from typer.testing import CliRunner
 
 from farfield.coordinator import cli, engine, plans
@@ -41,23 +41,18 @@ from farfield.protocols.messages import Task
 from farfield.protocols.tensors import State, digest
 
 
-class Watcher:
+class Watcher(Silent):
     """Keeps what was told."""
 
     def __init__(self) -> None:
         self.rounds: list[int] = []
         self.clients: list[tuple[int, str, int, int]] = []
 
-    def on_preparing(self, done: int, clients: int) -> None: ...
-
     def on_client(self, number: int, activity: str, done: int, clients: int) -> None:
         self.clients.append((number, activity, done, clients))
 
     def on_round(self, record: RoundRecord) -> None:
         self.rounds.append(record.round)
-
-    def on_start(self, folder: Path, info: object, done: list[RoundRecord], rounds: int) -> None: ...
-    def on_baseline(self, done: int, steps: int, loss: float) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +146,7 @@ class Looped:
         self.setting = Setting(info, plan.canonical(), coordinator, b"s" * 32)
         self.loop, self.watcher, self.stop = Loop(self.setting, 3), Watcher(), threading.Event()
         self._federation = engine._Federation(
-            plan, self.folder, self.fleet, self.setting, signer, self.watcher, self.stop
+            plan, self.folder, self.fleet, self.setting, signer, self.watcher, self.stop, None
         )
 
     def go(self) -> Checkpoint:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from tiny import Place, write_backbone
+from tiny import Place, Silent, write_backbone
 
 from farfield.coordinator import plans
 from farfield.coordinator.export import export
@@ -27,14 +27,6 @@ hf: Any = transformers  # whose constructors are untyped
 
 # `peft` 0.21 asks the plain transformers model for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-class Silent:
-    def on_preparing(self, *_: object) -> None: ...
-    def on_client(self, *_: object) -> None: ...
-    def on_round(self, *_: object) -> None: ...
-    def on_start(self, *_: object) -> None: ...
-    def on_baseline(self, *_: object) -> None: ...
 
 
 IDS = torch.tensor([[5, 40, 41, 42, 43, 44, 45, 46], [90, 80, 70, 60, 50, 40, 30, 20]])

@@ -24,7 +24,6 @@ from farfield.coordinator.submission import submit
 from farfield.emulator import bundle, layout, plugin
 from farfield.emulator.build import TEXT
 from farfield.emulator.distill import Check
-from farfield.emulator.search import Candidate
 from farfield.protocols.errors import BundleError, EmulatorError, MalformedMessage, PlanError, RunError
 from farfield.protocols.tensors import State
 
@@ -39,10 +38,6 @@ class Watching(Quiet):
         super().__init__()
         self.stages: list[str] = []
         self.checks: list[int] = []
-
-    def on_folder(self, folder: Path) -> None: ...
-    def on_candidate(self, candidate: Candidate, done: int, count: int) -> None: ...
-    def on_step(self, done: int, steps: int, loss: float) -> None: ...
 
     def on_stage(self, what: str) -> None:
         self.stages.append(what)

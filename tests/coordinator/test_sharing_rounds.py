@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import Place, write_backbone
+from tiny import Place, Silent, write_backbone
 
 from farfield.coordinator import plans
 from farfield.coordinator.export import export
@@ -38,14 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 ALTERNATE = {"alternate": True}
 LOCAL = {"local_b": True}
-
-
-class Silent:
-    def on_preparing(self, *_: object) -> None: ...
-    def on_client(self, *_: object) -> None: ...
-    def on_round(self, *_: object) -> None: ...
-    def on_start(self, *_: object) -> None: ...
-    def on_baseline(self, *_: object) -> None: ...
 
 
 class Killed(Exception):

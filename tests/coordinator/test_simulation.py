@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tiny import Place, write_backbone, write_clients
+from tiny import Place, Silent, write_backbone, write_clients
 
 from farfield.coordinator import plans, simulation
 from farfield.coordinator.accounts import LEDGER
@@ -36,7 +36,7 @@ from farfield.protocols.summing import Part
 from farfield.protocols.tensors import State, digest, pack_state
 
 
-class Quiet:
+class Quiet(Silent):
     """Nobody watching; keeps what was told."""
 
     def __init__(self) -> None:
