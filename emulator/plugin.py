@@ -70,7 +70,7 @@ def redistilled(
     if number_format == "nf4":
         student, layout = dequantised(student, layout)
     seed = derive(plan.training.seed, "redistillation", number)
-    checkpoint = workshop / "distillation.safetensors"
+    checkpoint = workshop / "distillation-0.safetensors"
     checks = distilled(plan, teacher, student, layout, public, checkpoint, progress, seed=seed)
     if number_format == "nf4":
         student, layout = quantised(student, layout)

@@ -123,6 +123,8 @@ def compressed(material: Material, choice: Choice, turn: int = 0, turns: int = 1
     """
     if turns > 1:
         chosen = in_turn(material.split, choice.blocks, turn, turns)
+    elif choice.blocks == len(material.split.middle):
+        chosen = tuple(material.split.middle)
     else:
         chosen = SELECTIONS[choice.select](material.model, material.split, choice.blocks, material.calibration)
     layout = Layout(material.split, chosen)

@@ -255,7 +255,7 @@ class Emulator(Settings):
     then fits none of them better than the backbone. Clients get all of them.
     """
 
-    select: Literal["uniform", "clusters", "influence", "gradient"] = "uniform"
+    select: Literal["uniform", "clusters", "influence", "gradient"] = "gradient"
     blocks: PositiveInt | None = None
     low_rank: Annotated[float, Field(gt=0, lt=1)] | None = None
     quantization: Literal["none", "nf4"] = "none"

@@ -101,7 +101,7 @@ def test_a_build_that_is_stopped_goes_on(ending: int, place: Place, command: Lau
     place.plan(delivery=DELIVERY, distillation=DISTILLATION | {"steps": 60, "check_every": 2, "patience": 1000})
     out = place.path / "out"
     running = command.start(place, *BUILD)
-    running.kill_when(lambda: (out / "build/distillation.safetensors").exists(), ending)
+    running.kill_when(lambda: (out / "build/distillation-0.safetensors").exists(), ending)
     ended = running.end()
     assert not (out / "emulator.json").exists()
     if ending == signal.SIGINT:

@@ -58,7 +58,7 @@ def test_an_emulator_from_end_to_end(made: tuple[Path, Path], tmp_path: Path) ->
     public = PublicText.load(out / building.TEXT)
     assert len(public.train) > len(public.held_out) > 0
     assert json.loads((out / "build/report.json").read_text())["emulated_bytes"] == report.emulated_bytes
-    assert not (out / "build/distillation.safetensors").exists()
+    assert not (out / "build/distillation-0.safetensors").exists()
     bundled = {file.path for file in bundle.describe(out, "emulator").files}
     assert LAYOUT in bundled
     assert bundled <= set(shipped(out))
@@ -192,7 +192,8 @@ def test_keep_and_the_plan_must_not_differ(made: tuple[Path, Path], tmp_path: Pa
         built(plan_of(emulator={"blocks": 2}), folder, tmp_path / "one", data, keep=3)
     with pytest.raises(EmulatorError, match="5 blocks are to remain, and the middle has 4"):
         built(plan_of(), folder, tmp_path / "two", data, keep=5)
-    built(plan_of(distillation={"steps": 0}), folder, tmp_path / "three", data, keep=3)
+    uniform = plan_of(emulator={"select": "uniform"}, distillation={"steps": 0})
+    built(uniform, folder, tmp_path / "three", data, keep=3)
     assert read(tmp_path / "three").layout.middle == (1, 3, 4)
 
 
