@@ -153,7 +153,7 @@ def test_distilling_anew_goes_on_where_it_stopped(
 
 def test_emulators_take_turns(place: Place) -> None:
     """In each round clients get the emulator whose turn it is, and what they tune on one goes on on the next."""
-    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"blocks": 1, "turns": 3})
+    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"select": "uniform", "blocks": 1, "turns": 3})
     result = go(place)
     folder = RunFolder.open(result.folder)
     middles = [layout.read(layout.at_turn(folder.emulator_folder, turn)).layout.middle for turn in range(3)]
@@ -166,7 +166,7 @@ def test_emulators_take_turns(place: Place) -> None:
     again = simulate(replace(resumed, resume=str(folder.path)), Watching())
     assert again.adapter_digest == result.adapter_digest
 
-    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"blocks": 2, "turns": 2})
+    place.plan(delivery=DELIVERY, distillation=DISTILLATION, emulator={"select": "uniform", "blocks": 2, "turns": 2})
     with pytest.raises(EmulatorError, match="2 stand-ins of 2 blocks each, and the middle has 3"):
         go(place)
 
