@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from torch import nn
 
 from farfield.kernels import nf4
 from farfield.protocols.errors import EmulatorError
@@ -139,9 +138,9 @@ def finished(emulator: PreTrainedModel, layout: Layout, choice: Choice) -> tuple
     return quantised(emulator, layout) if choice.quantization == "nf4" else (emulator, layout)
 
 
-def middle_bytes(model: nn.Module, numbers: Sequence[int]) -> int:
+def middle_bytes(model: PreTrainedModel, numbers: Sequence[int]) -> int:
     """Bytes of the tensors in these blocks as a file holds them, shared ones once."""
-    path = describe(model).blocks_path  # type: ignore[arg-type]
+    path = describe(model).blocks_path
     inside = tuple(f"{path}.{number}." for number in numbers)
     return sum(one.nbytes for name, one in tensors(model).items() if name.startswith(inside))
 
