@@ -44,9 +44,9 @@ from farfield.edge_client import per_example, private
 from farfield.edge_client.data import Example, TokenExample
 from farfield.edge_client.train import train
 from farfield.emulator.methods import Setting, Tuned, registered
-from farfield.protocols.plan import Training
 from farfield.protocols.privacy.mechanism import ExampleMechanism
 from farfield.protocols.randomness import Randomness
+from farfield.protocols.sections import Training
 
 BATCH, LENGTH, VOCABULARY, RANK = 8, 128, 2048, 8
 NOISE, NORM, RATE, WANTED = 1.0, 1.0, 1e-3, 1.15

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from farfield.protocols.plan import Aggregation
+from farfield.protocols.sections import Aggregation
 from farfield.protocols.tensors import State
 
 

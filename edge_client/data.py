@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from jinja2 import TemplateError
 
 from farfield.protocols.errors import BackboneError, DataError
-from farfield.protocols.plan import Data
+from farfield.protocols.sections import Data
 from farfield.protocols.seeds import derive
 
 from .records import CLASSIFICATION, Chat, Completion, Labelled, Message, Record, Text

@@ -162,7 +162,7 @@ def _check_federation(home: Home) -> str:
 
 
 def _check_data(home: Home) -> str:
-    from farfield.protocols.plan import Data
+    from farfield.protocols.sections import Data
 
     from . import enrol
 

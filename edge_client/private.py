@@ -20,10 +20,10 @@ from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
 from farfield.emulator.schedule import learning_rate, make_optimizer
 from farfield.kernels import clip
-from farfield.protocols.plan import Training
 from farfield.protocols.privacy.central import noised, summing_slack
 from farfield.protocols.privacy.mechanism import ExampleMechanism
 from farfield.protocols.randomness import Randomness
+from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from farfield.protocols.errors import DataError, did_you_mean
-from farfield.protocols.plan import Data
+from farfield.protocols.sections import Data
 
 CLASSIFICATION = "sequence-classification"
 

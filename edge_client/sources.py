@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from farfield.protocols import plan as plans
 from farfield.protocols.errors import DataError, PlanError
+from farfield.protocols.sections import Data
 
 from .records import Record
 
@@ -57,7 +57,7 @@ def data_source(text: str) -> Path | Part:
     return path
 
 
-def records(source: Path | Part, data: plans.Data, task: str, labels: int | None) -> Iterator[Record]:
+def records(source: Path | Part, data: Data, task: str, labels: int | None) -> Iterator[Record]:
     """The records of `source`, lazily.
 
     Raises:

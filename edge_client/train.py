@@ -13,7 +13,7 @@ from farfield.emulator.masters import MasterWeights
 from farfield.emulator.methods import Tuned
 from farfield.emulator.schedule import learning_rate, make_optimizer
 from farfield.kernels import cross_entropy
-from farfield.protocols.plan import Training
+from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Distillation
+from farfield.protocols.sections import Distillation
 
 from .architecture import describe
 from .layout import Layout

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Training
+from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
 
 from .masters import MasterWeights

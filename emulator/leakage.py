@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Plan, Training
+from farfield.protocols.plan import Plan
+from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
 
 from . import text

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from farfield.protocols.plan import Training
+from farfield.protocols.sections import Training
 
 
 def learning_rate(training: Training, step: int, horizon: int) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from farfield.kernels import nf4
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Emulator
+from farfield.protocols.sections import Emulator
 
 from .architecture import describe
 from .assemble import assemble, tensors

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from . import codec
 from . import messages_pb2 as pb
 from .errors import MalformedMessage, SecAggError
-from .plan import SMALLEST_SUM, Plan
+from .plan import Plan
 from .privacy import central, distributed
 from .privacy.distributed import Design
 from .privacy.mechanism import ClientMechanism, mechanism
 from .randomness import Randomness
 from .secagg import fixedpoint
 from .secagg.parameters import at_most
+from .sections import SMALLEST_SUM
 from .tensors import State
 
 Purpose: TypeAlias = Literal["train", "evaluate"]

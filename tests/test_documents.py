@@ -26,7 +26,8 @@ from farfield.coordinator import home as coordinator_home
 from farfield.coordinator import plans
 from farfield.edge_client import settings as edge_settings
 from farfield.emulator import methods
-from farfield.protocols.plan import Plan, Settings
+from farfield.protocols.plan import Plan
+from farfield.protocols.sections import Settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from farfield.protocols.messages import Trained
-from farfield.protocols.plan import Aggregation
+from farfield.protocols.sections import Aggregation
 from farfield.protocols.tensors import State
 
 from .rule import SumRule, register

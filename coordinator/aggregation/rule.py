@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from farfield.protocols.messages import Trained
-from farfield.protocols.plan import Aggregation
+from farfield.protocols.sections import Aggregation
 from farfield.protocols.tensors import State
 
 

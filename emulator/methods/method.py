@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from farfield.emulator import offline  # noqa: F401 - for its effect
-from farfield.protocols.plan import TuningSettings
+from farfield.protocols.sections import TuningSettings
 
 from .sharing import Sharing
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from farfield.coordinator.server_optimizer import Moments, step
-from farfield.protocols.plan import Aggregation
+from farfield.protocols.sections import Aggregation
 from farfield.protocols.tensors import State
 
 ETA, BETA1, BETA2, TAU = 0.3, 0.8, 0.95, 0.01

@@ -17,9 +17,10 @@ from farfield.edge_client.terms import terms
 from farfield.emulator.methods import registered
 from farfield.protocols import plan as plans
 from farfield.protocols.errors import ConsentError, TrustError
-from farfield.protocols.plan import Plan, Privacy, Protection
+from farfield.protocols.plan import Plan
 from farfield.protocols.roster import draw_up, sign
 from farfield.protocols.secagg import Terms
+from farfield.protocols.sections import Privacy, Protection
 
 NOON = datetime(2031, 5, 6, 12, 0)
 BACKBONE = "ab" * 32

@@ -33,7 +33,7 @@ from farfield.edge_client.data import (
 from farfield.edge_client.records import Chat, Completion, Labelled, Message, Record, Text
 from farfield.kernels import cross_entropy
 from farfield.protocols.errors import BackboneError, DataError
-from farfield.protocols.plan import Data
+from farfield.protocols.sections import Data
 
 LM, CLASSES = "causal-lm", "sequence-classification"
 END, BEGIN, TURN = "<end>", "<begin>", "<turn>"

@@ -23,10 +23,10 @@ from farfield.edge_client.train import Outcome, forward
 from farfield.emulator.methods import Setting, Tuned, TuningMethod, registered
 from farfield.kernels import cross_entropy
 from farfield.protocols.errors import TuningError
-from farfield.protocols.plan import Training
 from farfield.protocols.privacy.accounting import SampledGaussian, spent
 from farfield.protocols.privacy.mechanism import ExampleMechanism
 from farfield.protocols.randomness import Randomness
+from farfield.protocols.sections import Training
 from farfield.protocols.tensors import State
 
 VOCABULARY, WIDTH, PAD, RATE = 11, 6, 0, 0.5

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from farfield.edge_client.records import Chat, Completion, Labelled, Message, Record, Text, read
 from farfield.protocols.errors import DataError
-from farfield.protocols.plan import Data
+from farfield.protocols.sections import Data
 
 LM, CLASSES = "causal-lm", "sequence-classification"
 USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A test.")

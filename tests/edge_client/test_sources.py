@@ -9,7 +9,7 @@ import pytest
 from farfield.edge_client.records import Text
 from farfield.edge_client.sources import Part, data_source, records
 from farfield.protocols.errors import DataError, PlanError
-from farfield.protocols.plan import Data
+from farfield.protocols.sections import Data
 
 
 def test_sources() -> None:

@@ -18,7 +18,7 @@ from farfield.edge_client.data import IGNORED, ClassExample, Example, TokenExamp
 from farfield.edge_client.train import evaluate, local_steps, train
 from farfield.emulator.methods import Tuned
 from farfield.emulator.schedule import learning_rate
-from farfield.protocols.plan import Training
+from farfield.protocols.sections import Training
 from farfield.protocols.tensors import State
 
 VOCABULARY, WIDTH, PAD = 11, 6, 0

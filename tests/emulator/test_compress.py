@@ -14,7 +14,7 @@ from farfield.emulator.compress import SELECTIONS, clusters, gradient, influence
 from farfield.emulator.search import stated
 from farfield.emulator.split import Split, split
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Emulator
+from farfield.protocols.sections import Emulator
 
 PARTS = split(6, (1, 1))
 

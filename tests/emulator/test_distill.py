@@ -20,7 +20,7 @@ from farfield.emulator.quantise import quantised
 from farfield.emulator.split import split
 from farfield.emulator.streams import Batch
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Distillation
+from farfield.protocols.sections import Distillation
 
 PARTS = split(6, (1, 2))
 LAYOUT = Layout(PARTS, (2, 3, 3))

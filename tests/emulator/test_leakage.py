@@ -26,7 +26,7 @@ from farfield.emulator.search import Choice, Material, compressed, finished
 from farfield.emulator.split import Split
 from farfield.emulator.text import PublicText
 from farfield.protocols.errors import EmulatorError
-from farfield.protocols.plan import Training
+from farfield.protocols.sections import Training
 
 NAMES = ("safe", "secure", "private", "guarantee")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farfield.protocols.errors import PrivacyError
-from farfield.protocols.plan import Plan, Privacy, Training
+from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.accounting import Gaussian, SampledGaussian, Skellam, spent
 from farfield.protocols.privacy.mechanism import (
     ClientMechanism,
@@ -22,6 +22,7 @@ from farfield.protocols.privacy.mechanism import (
     promised,
     restore,
 )
+from farfield.protocols.sections import Privacy, Training
 
 
 def plan(rounds: int = 5, steps: int | None = 4, **privacy: Any) -> Plan:
