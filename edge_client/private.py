@@ -119,7 +119,7 @@ def train(
     parameters = tuned.trainable()
     masters = MasterWeights(parameters, start)
     values = dict(zip(parameters, masters.values, strict=True))
-    optimizer = NoisyOptimizer(make_optimizer(training, masters.values), mechanism, random, len(examples))
+    optimizer = NoisyOptimizer(make_optimizer(training, masters.by_name), mechanism, random, len(examples))
     if training.proximal_mu:
         optimizer.attach_step_hook(lambda _: masters.pull_back(training.proximal_mu))
     with recording(tuned) as recorder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

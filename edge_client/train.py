@@ -6,15 +6,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from farfield.emulator.masters import MasterWeights
+from farfield.emulator.descent import Loss, descend
+from farfield.emulator.head import off
 from farfield.emulator.methods import Tuned
-from farfield.emulator.schedule import learning_rate, make_optimizer
 from farfield.kernels import cross_entropy
 from farfield.protocols.sections import Training
-from farfield.protocols.seeds import derive
 from farfield.protocols.tensors import State
 
 from .data import Example, batches, collate
@@ -75,35 +76,26 @@ def train(
         on_step: called after each step with its mean loss.
     """
     device = next(tuned.model.parameters()).device
-    masters = MasterWeights(tuned.trainable(), start)
-    optimizer = make_optimizer(training, masters.values)
     stream = _micro_batches(examples, training, seed)
-    total_loss, total_targets = 0.0, 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "dropout"))
-        tuned.model.train()
-        if tuned.before_training is not None:
-            tuned.before_training()
-        for step in range(first_step, first_step + steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step, horizon)
-            loss, targets = _accumulate(tuned, next(stream), pad_id, device)
-            if tuned.after_backward is not None:
-                tuned.after_backward(step)
-                masters.absorb()
-            masters.take_gradients()
-            if training.proximal_mu:
-                masters.pull_back(training.proximal_mu)
-            if training.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(masters.values, training.max_grad_norm)
-            optimizer.step()
-            masters.publish()
-            total_loss += loss
-            total_targets += targets
-            if on_step is not None:
-                on_step(loss / targets)
-        tuned.model.eval()
-    return Outcome(masters.update(), total_loss / total_targets, total_targets, steps)
+    targets, total_loss, total_targets = 0, 0.0, 0
+
+    def losses(_: int) -> Loss:
+        nonlocal targets
+        group = [collate(batch, pad_id) for batch in next(stream)]
+        targets = sum(int((_targets(one) != cross_entropy.IGNORED).sum()) for one in group)
+        return partial(_mean_loss, tuned, group, targets, device)
+
+    def counted(_: int, loss: float) -> None:
+        nonlocal total_loss, total_targets
+        total_loss += loss * targets
+        total_targets += targets
+        if on_step is not None:
+            on_step(loss)
+
+    update = descend(
+        tuned, start, training, losses, seed=seed, steps=steps, first_step=first_step, horizon=horizon, on_step=counted
+    )
+    return Outcome(update, total_loss / total_targets, total_targets, steps)
 
 
 @torch.no_grad()
@@ -113,9 +105,8 @@ def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_
     tuned.model.eval()
     loss, targets, correct = 0.0, 0, 0
     for batch in batches(examples, batch_size, seed=None, epoch=0):
-        logits, labels = forward(tuned, collate(batch, pad_id), device)
-        loss += float(cross_entropy.summed(logits, labels))
-        correct += cross_entropy.hits(logits, labels)
+        value, hits, labels = _scored(tuned, collate(batch, pad_id), device)
+        loss, correct = loss + value, correct + hits
         targets += int((labels != cross_entropy.IGNORED).sum())
     return Measured(loss / targets, targets, correct)
 
@@ -128,23 +119,50 @@ def _micro_batches(examples: Sequence[Example], training: Training, seed: int) -
             yield group
 
 
-def _accumulate(tuned: Tuned, group: list[list[Example]], pad_id: int, device: torch.device) -> tuple[float, int]:
-    """Gradients of the mean loss over all targets of the group; returns the summed loss and the number of targets."""
-    collated = [collate(batch, pad_id) for batch in group]
-    targets = sum(int((_targets(one) != cross_entropy.IGNORED).sum()) for one in collated)
+def _mean_loss(
+    tuned: Tuned, group: Sequence[Mapping[str, torch.Tensor]], targets: int, device: torch.device, backward: bool
+) -> float:
+    """The mean loss over all targets of the group, and, where wanted, its gradients."""
     total = 0.0
-    for one in collated:
-        logits, labels = forward(tuned, one, device)
-        loss = cross_entropy.summed(logits, labels)
-        (loss / targets).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total, targets
+    with torch.set_grad_enabled(backward):
+        for one in group:
+            loss = _summed_loss(tuned, one, device)
+            if backward:
+                (loss / targets).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+    return total / targets
+
+
+def _summed_loss(tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    if tuned.head is None:
+        return cross_entropy.summed(*forward(tuned, collated, device))
+    head: Any = tuned.head
+    with off(head):
+        hidden, labels = forward(tuned, collated, device)
+    return cross_entropy.summed_linear(hidden, head.weight, head.bias, labels)
+
+
+def _scored(
+    tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device
+) -> tuple[float, int, torch.Tensor]:
+    """Summed loss, hits, and the labels."""
+    if tuned.head is None:
+        logits, labels = forward(tuned, collated, device)
+        return float(cross_entropy.summed(logits, labels)), cross_entropy.hits(logits, labels), labels
+    head: Any = tuned.head
+    with off(head):
+        hidden, labels = forward(tuned, collated, device)
+    loss, hits = cross_entropy.summed_and_hits(hidden, head.weight, head.bias, labels)
+    return float(loss), hits, labels
 
 
 def forward(
     tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels that belong to each other, position by position (a causal model predicts the next token)."""
+    """Logits and labels that belong to each other, position by position (a causal model predicts the next token).
+
+    With the head taken off (`farfield.emulator.head.off`) they are hidden states instead of logits.
+    """
     inputs = {name: tensor.to(device) for name, tensor in collated.items() if name != "labels"}
     logits: torch.Tensor = tuned.model(**inputs).logits
     labels = _targets(collated).to(device)

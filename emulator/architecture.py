@@ -145,6 +145,21 @@ def key_value_cache(model: PreTrainedModel) -> KeyValueCache | None:
     return KeyValueCache(len(layers), heads, width)
 
 
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Have each block keep its input only, in training, and be computed once more on the way back (Chen et al. 2016).
+
+    Raises:
+        BackboneError: transformers has no checkpointing for this model.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise BackboneError(
+            "transformers cannot checkpoint this model",
+            where=type(model).__name__,
+            hint="Leave training.checkpointing out.",
+        )
+    cast("Any", model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _stack(model: nn.Module, name: str) -> tuple[str, tuple[nn.Module, ...]]:
     """The only outermost list of modules with linear layers in them."""
     lists = {

@@ -17,7 +17,8 @@ from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State
 
 from . import backbone, stored
-from .architecture import describe
+from .architecture import checkpoint_blocks, describe
+from .head import plain_head
 from .layout import Layout, Record, is_emulator
 from .methods import Setting, Tuned, TuningMethod
 from .split import renumbered, split
@@ -62,7 +63,10 @@ class Bench:
             return renumbered(name, path, layout.origins) if layout else name
 
         setting = Setting(plan.model.task, plan.training.seed, steps, layout.outer if layout else None, named)
-        self.tuned: Tuned = replace(self.method.install(model, setting), named=named)
+        tuned = replace(self.method.install(model, setting), named=named)
+        if plan.training.checkpointing:
+            checkpoint_blocks(model)
+        self.tuned: Tuned = replace(tuned, head=plain_head(tuned.model))
         self.frozen = _digest(
             {
                 named(name): tensor
@@ -106,6 +110,8 @@ class Bench:
         with torch.no_grad():
             for name, parameter in (self._shared | self._local).items():
                 parameter.copy_(torch.from_numpy(np.array(own[name] if name in own else adapter[name])))
+        if self.tuned.settled is not None:
+            self.tuned.settled()
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:

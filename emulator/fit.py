@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from farfield.protocols.errors import EmulatorError
 from farfield.protocols.sections import Training
-from farfield.protocols.seeds import derive
 
-from .masters import MasterWeights
+from .descent import Loss, descend
 from .methods import Tuned
 from .objective import loss
-from .schedule import learning_rate, make_optimizer
 from .streams import Batch
 
 
@@ -32,38 +28,22 @@ def fit(
         on_step: told the number of each step that is done, from 1, and its loss.
 
     Raises:
-        EmulatorError: the loss is no longer a number.
+        TuningError: the loss is no longer a number, or has left the first one far behind.
     """
     assert training.steps is not None
-    parameters = tuned.trainable()
-    masters = MasterWeights(parameters, {name: one.detach().float().cpu().numpy() for name, one in parameters.items()})
-    optimizer = make_optimizer(training, masters.values)
-    device = masters.values[0].device
-    model: Any = tuned.model
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(training.seed, "dropout"))
-        model.train()
-        if tuned.before_training is not None:
-            tuned.before_training()
-        for step in range(training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step, training.steps)
-            total = loss(model, drawn(step))
-            total.backward()  # type: ignore[no-untyped-call]
-            value = float(total.detach())
-            if not math.isfinite(value):
-                raise EmulatorError(
-                    f"the loss is {value} in step {step + 1} of training on public text",
-                    hint=f"Lower the learning rate, which is {training.learning_rate:g}.",
-                )
-            if tuned.after_backward is not None:
-                tuned.after_backward(step)
-                masters.absorb()
-            masters.take_gradients()
-            if training.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(masters.values, training.max_grad_norm)
-            optimizer.step()
-            masters.publish()
-            if on_step is not None:
-                on_step(step + 1, value)
-        model.eval()
+    start = {name: one.detach().float().cpu().numpy().copy() for name, one in tuned.trainable().items()}
+
+    def losses(step: int) -> Loss:
+        batch = drawn(step)
+
+        def mean(backward: bool) -> float:
+            with torch.set_grad_enabled(backward):
+                total = loss(cast("Any", tuned.model), batch)
+                if backward:
+                    total.backward()  # type: ignore[no-untyped-call]
+            return float(total.detach())
+
+        return mean
+
+    told = None if on_step is None else lambda step, value: on_step(step + 1, value)
+    descend(tuned, start, training, losses, seed=training.seed, steps=training.steps, on_step=told)

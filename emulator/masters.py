@@ -18,10 +18,13 @@ class MasterWeights:
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: State) -> None:
-        self._parameters = parameters
-        self._start = {name: torch.from_numpy(np.array(start[name])).to(p.device) for name, p in parameters.items()}
-        self._values = {name: value.clone() for name, value in self._start.items()}
+        self._parameters, self._start = parameters, start
+        self._values = {name: torch.from_numpy(np.array(start[name])).to(p.device) for name, p in parameters.items()}
         self.publish()
+
+    @property
+    def by_name(self) -> Mapping[str, torch.Tensor]:
+        return self._values
 
     @property
     def values(self) -> list[torch.Tensor]:
@@ -45,7 +48,8 @@ class MasterWeights:
         """Add the gradient of FedProx's term, μ/2 ‖w - w₀‖² (Li et al. 2020, eq. 2)."""
         for name, value in self._values.items():
             assert value.grad is not None
-            value.grad.add_(value - self._start[name], alpha=strength)
+            start = torch.from_numpy(np.array(self._start[name])).to(value.device)
+            value.grad.add_(value.detach() - start, alpha=strength)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -54,4 +58,5 @@ class MasterWeights:
             parameter.copy_(self._values[name])
 
     def update(self) -> State:
-        return {name: (value - self._start[name]).cpu().numpy() for name, value in self._values.items()}
+        """Trained minus starting value of each."""
+        return {name: value.detach().cpu().numpy() - self._start[name] for name, value in self._values.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -23,10 +25,9 @@ def learning_rate(training: Training, step: int, horizon: int) -> float:
             return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(training: Training, values: list[torch.Tensor]) -> torch.optim.Optimizer:
-    """The Plan's optimiser of `values`; whoever steps with it sets the rate."""
+def make_optimizer(training: Training, values: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
+    """The Plan's optimiser of the named `values`; whoever steps with it sets the rate."""
+    settings: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            values, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(values, lr=training.learning_rate, weight_decay=training.weight_decay)
+        return torch.optim.SGD(values.values(), momentum=training.momentum, **settings)
+    return torch.optim.AdamW(values.values(), **settings)

@@ -70,7 +70,10 @@ class Plan(Settings):
         kind = value["kind"]
         if kind not in kinds:
             raise ValueError(f"no tuning method {kind!r}. {did_you_mean(kind, kinds)}")
-        return kinds[kind].model_validate(value)
+        settings = kinds[kind].model_validate(value)
+        for number in range(len(settings.alternatives)):
+            _instead(settings, number, kinds)
+        return settings
 
     @field_validator("aggregation")
     @classmethod
@@ -129,6 +132,18 @@ class Plan(Settings):
             raise ValueError(
                 f"tuning.kind = {self.tuning.kind!r} reaches into every block, and with delivery.first and "
                 "delivery.last only the blocks at the ends are tuned; use 'lora' or 'full', for instance"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_that_its_method_makes(self) -> Self:
+        training = self.training
+        if self.tuning.by_gradient:
+            return self
+        if training.optimizer != "sgd" or training.momentum or training.weight_decay or training.proximal_mu:
+            raise ValueError(
+                f'tuning.kind = {self.tuning.kind!r} makes plain steps of its own: use training.optimizer = "sgd", '
+                "without momentum, weight_decay and proximal_mu"
             )
         return self
 
@@ -197,6 +212,12 @@ class Plan(Settings):
     def smallest_cohort(self) -> int:
         """How many clients must be there for a round to begin."""
         return max(self.cohort.minimum, SMALLEST_SUM if self.protection.kind == "secagg" else 1)
+
+    def alternative(self, number: int, kinds: TuningKinds) -> Plan:
+        """What a client works by that takes this one of `tuning.alternatives`: the Plan with that put in."""
+        wanted = self.tuning.alternatives[number].quantization
+        model = self.model if wanted is None else self.model.model_copy(update={"quantization": wanted})
+        return self.model_copy(update={"tuning": _instead(self.tuning, number, kinds), "model": model})
 
     def canonical(self) -> bytes:
         """The bytes that are digested: sorted, compact UTF-8 JSON with every default written out."""
@@ -283,6 +304,27 @@ def read(path: Path) -> str:
         raise PlanError("no such file", where=path, hint=hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot be read as UTF-8 text: {error}", where=path) from None
+
+
+def _instead(tuning: TuningSettings, number: int, kinds: TuningKinds) -> TuningSettings:
+    """The settings of alternative `number`. Raises ValueError where there are none such."""
+    other, where = tuning.alternatives[number], f"alternatives[{number}]"
+    kind = tuning.kind if other.kind is None else other.kind
+    if kind not in kinds:
+        raise ValueError(f"{where}: no tuning method {kind!r}. {did_you_mean(kind, kinds)}")
+    known = kinds[kind].model_fields
+    if other.rank is not None and "rank" not in known:
+        raise ValueError(f"{where}: {kind!r} has no rank")
+    own = tuning.model_dump(mode="json", exclude={"alternatives", "kind"})
+    kept = {key: value for key, value in own.items() if key in known}
+    if lost := [key for key, value in own.items() if key not in known and value != _default(tuning, key)]:
+        raise ValueError(f"{where}: {kind!r} has no {lost[0]!r}, which this Plan sets")
+    rank = {} if other.rank is None else {"rank": other.rank}
+    return kinds[kind].model_validate({"kind": kind, **kept, **rank})
+
+
+def _default(tuning: TuningSettings, key: str) -> object:
+    return type(tuning).model_fields[key].default
 
 
 def _explained(error: ValidationError, kinds: TuningKinds, document: dict[str, Any], where: object) -> PlanError:

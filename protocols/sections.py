@@ -11,6 +11,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Quantization = Literal["none", "nf4", "int8"]
 
 SMALLEST_SUM: Final = 3
 """The fewest clients whose sum hides anything: from a sum of two, each of them knows the other's part."""
@@ -34,7 +35,7 @@ class Model(Settings):
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     labels: Annotated[int, Field(ge=2)] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    quantization: Quantization = "none"
 
     @model_validator(mode="after")
     def _labels_belong_to_classification(self) -> Self:
@@ -45,10 +46,32 @@ class Model(Settings):
         return self
 
 
+class Alternative(Settings):
+    """Another way to tune, for clients that are short of memory; what is left out is as the Plan has it.
+
+    `kind` names a method that trains the same tensors, `rank` is another rank of them, and `quantization` the format
+    that the frozen weights of the backbone are in.
+    """
+
+    kind: str | None = None
+    rank: PositiveInt | None = None
+    quantization: Quantization | None = None
+
+
 class TuningSettings(Settings):
-    """What every tuning method has; `farfield.emulator.methods` holds the methods themselves."""
+    """What every tuning method has; `farfield.emulator.methods` holds the methods themselves.
+
+    `alternatives` are what a client may do instead where its memory does not allow this, the first that fits. How a
+    batch is cut and whether blocks are checkpointed changes no result, so that a client may always choose.
+    """
 
     kind: str
+    alternatives: Annotated[tuple[Alternative, ...], Field(strict=False)] = ()
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether it is trained by gradients that autograd finds; else by steps of its own, of plain SGD."""
+        return True
 
     @property
     def by_example(self) -> bool:
@@ -92,7 +115,11 @@ class Training(Settings):
 
     The budget of a round is `steps` or `epochs`. The learning-rate schedule runs over all rounds, not over each.
     Gradients are clipped to `max_grad_norm`; 0 leaves them as they are. `proximal_mu` is μ of FedProx (Li et al. 2020,
-    eq. 2); 0 is plain local training.
+    eq. 2); 0 is plain local training. With `checkpointing` a block keeps its input only and is computed once more for
+    the gradients: less memory, a longer step, the same result.
+
+    `adamw-8bit` holds AdamW's two moments in 8 bits (Dettmers et al. 2022), `adafactor` the second one in factors and
+    none of the first (Shazeer and Stern 2018).
     """
 
     rounds: PositiveInt
@@ -100,7 +127,7 @@ class Training(Settings):
     epochs: PositiveInt | None = None
     batch_size: PositiveInt = 8
     gradient_accumulation: PositiveInt = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -108,13 +135,14 @@ class Training(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: NonNegativeFloat = 1.0
     proximal_mu: NonNegativeFloat = 0.0
+    checkpointing: bool = False
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the budget of a round as 'steps' or as 'epochs', one of the two")
-        if self.optimizer == "adamw" and self.momentum:
+        if self.optimizer != "sgd" and self.momentum:
             raise ValueError("'momentum' goes with optimizer = \"sgd\"")
         return self
 
@@ -126,9 +154,9 @@ class Training(Settings):
         most rate · max_grad_norm, divided by 1 − momentum in the long run. Epochs are taken for a thousand steps.
         """
         steps = self.steps or 1000
-        if self.optimizer == "adamw":
+        if self.optimizer in ("adamw", "adamw-8bit"):
             return 2 * self.learning_rate * steps
-        if self.max_grad_norm:
+        if self.optimizer == "sgd" and self.max_grad_norm:
             return self.learning_rate * self.max_grad_norm * steps / (1 - self.momentum)
         return None
 

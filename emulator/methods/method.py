@@ -10,13 +10,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from farfield.emulator import offline  # noqa: F401 - for its effect
-from farfield.protocols.sections import TuningSettings
+from farfield.protocols.sections import Training, TuningSettings
+from farfield.protocols.tensors import State
 
 from .sharing import Sharing
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from farfield.emulator.descent import Descent
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,25 @@ class Tuned:
             a method forgets here whatever it has gathered before; a model may serve many clients in turn.
         after_backward: called with the number of the step (from 0, over all rounds) between backward and the optimiser.
         named: what a parameter of the model is called elsewhere; as in the model, by default.
+        optimizer: makes the optimiser of the float32 values that stand behind the trained parameters, by name, where it
+            is not the Plan's own.
+        descent: makes what takes the steps, from the start, the Plan's section and a seed, where they do not go by
+            gradients that autograd finds. The model is then in evaluation mode.
+        settled: called after the trained parameters were set, where the model has more to do about it.
+        head: the frozen output layer of a language model, where its logits are the hidden states times its weight and
+            nothing else (`farfield.emulator.head`); whoever loads the model finds out.
     """
 
     model: torch.nn.Module
     before_training: Callable[[], None] | None = field(default=None, kw_only=True)
     after_backward: Callable[[int], None] | None = field(default=None)
     named: Callable[[str], str] = field(default=str, kw_only=True)
+    optimizer: Callable[[Training, Mapping[str, torch.Tensor]], torch.optim.Optimizer] | None = field(
+        default=None, kw_only=True
+    )
+    descent: Callable[[State, Training, int], Descent] | None = field(default=None, kw_only=True)
+    settled: Callable[[], None] | None = field(default=None, kw_only=True)
+    head: torch.nn.Module | None = field(default=None, kw_only=True)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, in the order of the names: what a round sends out and gets back."""
