@@ -25,9 +25,9 @@ def plain_head(model: nn.Module) -> nn.Module | None:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(**inputs).logits[:, -1]
+        logits = model(**inputs).logits
         with off(head):
-            hidden = model(**inputs).logits[:, -1]
+            hidden = model(**inputs).logits
         same = hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)
     model.train(was_training)
     return head if same else None

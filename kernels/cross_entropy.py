@@ -29,8 +29,8 @@ def hits(logits: torch.Tensor, labels: torch.Tensor) -> int:
     return int((logits[chosen].argmax(dim=-1) == labels[chosen]).sum())
 
 
-CHUNK: Final = 1 << 24
-"""How many logits are there at a time, at most: 32 MB in bfloat16, and 64 in float32 for their softmax."""
+CHUNK: Final = 1 << 23
+"""How many logits are there at a time, at most: 16 MB in bfloat16, and 32 in float32 for their softmax."""
 
 
 def reference_summed_linear(

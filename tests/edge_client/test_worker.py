@@ -131,6 +131,21 @@ def test_a_task_is_done_the_same_whatever_was_done_before_it(bench: Bench, start
     assert perform(bench, start, Train) == first
 
 
+def test_checkpointing_and_smaller_parts_of_a_batch_change_no_result(folder: Path, bench: Bench, start: State) -> None:
+    done = perform(bench, start, Train).outcome
+    assert isinstance(done, Trained)
+    for keys in ("checkpointing = true", "gradient_accumulation = 2"):
+        batch = 2 if keys.startswith("check") else 1
+        other = Bench(parsed(text().replace("batch_size = 2", f"batch_size = {batch}\n{keys}", 1)), folder)
+        saving = any(getattr(module, "gradient_checkpointing", False) for module in other.tuned.model.modules())
+        assert saving == keys.startswith("check")
+        again = perform(other, start, Train).outcome
+        assert isinstance(again, Trained)
+        assert (again.steps, again.targets) == (done.steps, done.targets)
+        for name, change in unpack_state(again.update).items():
+            np.testing.assert_allclose(change, unpack_state(done.update)[name], rtol=1e-3, atol=2**-18)
+
+
 def test_another_round_or_node_is_trained_in_another_order(bench: Bench, start: State) -> None:
     sent = task(bench, Train(pack_state(start, "float32")))
     outcomes = [

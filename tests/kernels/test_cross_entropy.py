@@ -1,6 +1,10 @@
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farfield.edge_client import data
 from farfield.kernels import cross_entropy
@@ -69,3 +73,57 @@ def test_nothing_to_predict_is_zero() -> None:
 
 def test_data_and_kernel_agree_on_what_is_not_predicted() -> None:
     assert data.IGNORED == cross_entropy.IGNORED
+
+
+@given(SHAPES, st.integers(2, 9), st.integers(1, 5), st.integers(0, 2**31), st.floats(0, 1), st.booleans())
+def test_of_hidden_states_equals_all_logits_at_once(
+    shape: tuple[int, ...], classes: int, width: int, seed: int, ignored: float, biased: bool
+) -> None:
+    _, labels = drawn(shape, classes, seed, ignored)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(classes, generator=generator, dtype=torch.float64) if biased else None
+    leaves = [hidden.float().requires_grad_() for _ in range(2)]
+    whole = cross_entropy.reference_summed_linear(
+        leaves[0], weight.float(), None if bias is None else bias.float(), labels
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CHUNK", 3 * classes)  # three positions at a time
+        parts = cross_entropy.summed_linear(leaves[1], weight.float(), None if bias is None else bias.float(), labels)
+        value, hits = cross_entropy.summed_and_hits(
+            leaves[1], weight.float(), None if bias is None else bias.float(), labels
+        )
+    (3 * whole).backward()  # type: ignore[no-untyped-call]
+    (3 * parts).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(value, parts.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-4, atol=1e-4)
+    logits = torch.nn.functional.linear(leaves[1].detach(), weight.float(), None if bias is None else bias.float())
+    assert hits == cross_entropy.hits(logits, labels)
+
+
+def test_of_hidden_states_keeps_the_number_format_and_never_has_all_logits() -> None:
+    hidden = torch.randn(40, 8).bfloat16().requires_grad_()
+    weight, labels = torch.randn(1000, 8).bfloat16(), torch.randint(1000, (40,))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.data_ptr() != weight.data_ptr():
+                largest = max(largest, result.numel())
+            return result
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(cross_entropy, "CHUNK", 4000)
+        loss = cross_entropy.summed_linear(hidden, weight, None, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert largest == 4000
+    assert loss.dtype == torch.float32
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    expected = cross_entropy.reference_summed_linear(hidden.detach().float(), weight.float(), None, labels)
+    # Logits of a few units are rounded at 2⁻⁹ of themselves, forty times.
+    assert abs(float(loss.detach() - expected)) < 40 * 4 * 2**-8
