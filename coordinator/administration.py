@@ -186,7 +186,7 @@ def runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     with _store(Home.open(home)) as store:
         found = [(run, _finished_rounds(store, run)) for run in store.runs()]
     if as_json:
-        print_json([_run_document(run, rounds) for run, rounds in found])
+        print_json([run_document(run, rounds) for run, rounds in found])
         return
     console = Console()
     if not found:
@@ -224,7 +224,7 @@ def cancel(
     if ended.state is not RunState.CANCELLED:
         raise StorageError(f"the run has {ended.state.value} already", where=run)
     if as_json:
-        print_json(_run_document(ended, rounds))
+        print_json(run_document(ended, rounds))
     else:
         say(Console(), f"Run {run} is cancelled; what it has finished is kept in {ended.folder}.")
 
@@ -283,7 +283,7 @@ def _node_document(node: Node, serving: bool) -> dict[str, Any]:
     }
 
 
-def _run_document(run: Run, rounds: int) -> dict[str, Any]:
+def run_document(run: Run, rounds: int) -> dict[str, Any]:
     return {
         "run": run.name,
         "state": run.state.value,

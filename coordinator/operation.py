@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .administration import DEFAULT_HOME, HomeOption
+from .administration import DEFAULT_HOME, HomeOption, run_document
 
 app = typer.Typer()
 
@@ -48,7 +49,10 @@ def run(
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the run's name, and do not wait for its end.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result to this file as JSON; with --detach, the run that was made."),
+    ] = None,
 ) -> None:
     """Have the service run a Plan with the clients that are there, and watch it."""
     from .console import RunConsole, print_result
@@ -66,7 +70,10 @@ def run(
     console = Console()
     submitted = submit(plan, opened, store, datetime.now(UTC), emulator, public)
     if detach:
+        store.close()
         print(submitted.name)
+        if json_file is not None:
+            _write(json_file, run_document(submitted, rounds=0))
         return
     try:
         with RunConsole(console, submitted.name, submitted.folder) as watcher:
@@ -80,5 +87,11 @@ def run(
     result = Result.read(RunFolder.open(ended.folder))
     print_result(console, result)
     if json_file is not None:
-        with writing(json_file):
-            json_file.write_text(json.dumps(result.document(), indent=2) + "\n", encoding="utf-8")
+        _write(json_file, result.document())
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    from .runs import writing
+
+    with writing(path):
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -165,14 +165,17 @@ class Supervisor:
             home=self._home.superlink,
             log=self._home.logs / "superlink.log",
         )
-        limit = time.monotonic() + START_SECONDS
+        limit, said = time.monotonic() + START_SECONDS, ""
         while True:
             try:
                 self._link = SuperLink(settings)
                 return
-            except ServiceError:  # the ports may still be held by one that is about to end
+            except ServiceError as error:  # the ports may still be held by one that is about to end
                 if time.monotonic() > limit:
                     raise
+                if str(error) != said:
+                    said = str(error)
+                    self._say(f"{said} Trying again for {START_SECONDS:g} seconds.")
                 time.sleep(1.0)
 
     def _keep_nodes(self) -> None:

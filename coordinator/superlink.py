@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class SuperLink:
         """Start it, and wait until it answers.
 
         Raises:
-            ServiceError: it ended at once, or did not answer; says where its log is.
+            ServiceError: one of its ports is taken; or it ended at once, or did not answer, and its log says why.
         """
         self._settings = settings
         self._log = settings.log.open("ab")
@@ -209,10 +210,14 @@ class SuperLink:
                     return
                 except httpx.HTTPError:
                     time.sleep(0.05)
-        reason = "did not answer" if self.alive else f"ended with status {self._process.returncode}"
-        raise ServiceError(
-            f"the SuperLink {reason}", where=self._settings.log, hint="Its log says why; are its ports free?"
-        )
+        if self.alive:
+            raise ServiceError("the SuperLink did not answer", where=self._settings.log, hint="Its log says why.")
+        for address in (self._settings.fleet, self._settings.control):
+            if not _may_listen(address):
+                hint = "Is another coordinator running? Else choose another address in coordinator.toml."
+                raise ServiceError("the SuperLink cannot listen there", where=address, hint=hint)
+        reason = f"the SuperLink ended with status {self._process.returncode}"
+        raise ServiceError(reason, where=self._settings.log, hint="Its log says why.")
 
     @contextmanager
     def _control(self) -> Iterator[Any]:
@@ -255,11 +260,25 @@ def bundle(
     return build_fab_from_files(files)[0]
 
 
+def _may_listen(address: str) -> bool:
+    """Whether HOST:PORT is of this machine, and nobody listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, *_, name = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+            probe.bind(name)
+    except OSError:
+        return False
+    return True
+
+
 def _end_with_parent() -> None:
     """The parent holds the other end of stdin; when it is gone, by whatever cause, this process has to go."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not sys.stdin, whose lock the interpreter would want when it ends
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
         os._exit(1)

@@ -79,7 +79,7 @@ class Attendance:
                         self._on_notice(notice.text)
                 reason = "the coordinator ended the connection"
             except grpc.RpcError as error:
-                code, reason = error.code(), (error.details() or "").strip() or "no reason given"
+                code, reason = error.code(), (error.details() or "").strip().rstrip(".") or "no reason given"
                 if code in _FINAL and not self._ending.is_set():
                     self.reason = TrustError(reason, where=self._address, hint=_FINAL[code])
                     self.over.set()

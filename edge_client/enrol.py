@@ -186,7 +186,7 @@ def pin(server: Address, authority: bytes, timeout: float = TIMEOUT) -> x509.Cer
 
     Raises:
         Unreachable: nothing answers there.
-        ServiceError: what answers does not speak TLS.
+        ServiceError: what answers does not speak TLS, or to none but nodes.
         TrustError: it does not show that authority, or as `authenticate` does.
     """
     chain = _chain(server, timeout)
@@ -195,9 +195,9 @@ def pin(server: Address, authority: bytes, timeout: float = TIMEOUT) -> x509.Cer
         raise TrustError(
             "this server is not the coordinator that the token is from: it shows certificates of another authority",
             where=server,
-            hint=f"Check both. {_BETWEEN}",
+            hint=f"Check both. {_PORTS} {_BETWEEN}",
         )
-    _handshake(server, root, chain[0], timeout)
+    _handshake(server, root, chain[0], timeout, stranger=True)
     return root
 
 
@@ -304,9 +304,7 @@ _NO_ANSWER: Final = frozenset(
 
 def _explain(code: grpc.StatusCode, details: str, server: Address, name: str) -> NoReturn:
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        raise ServiceError(
-            "the coordinator does not enrol at this port", where=server, hint=f"{_PORTS} The token is still good."
-        )
+        raise _another_port(server)
     if code in _NO_ANSWER:
         raise Unreachable(
             f"the connection was lost while {name!r} enrolled ({code.name}: {details}), so the coordinator may have "
@@ -328,6 +326,11 @@ def _used(name: str) -> str:
         f"The token is used up and the name taken: have the node revoked (`coordinator revoke {name}`), ask for a new "
         "token (`coordinator invite`), and join under another name."
     )
+
+
+def _another_port(server: Address) -> ServiceError:
+    hint = f"{_PORTS} The token is still good."
+    return ServiceError("the coordinator does not enrol at this port", where=server, hint=hint)
 
 
 _PORTS: Final = "`join` takes the address that `coordinator invite` prints, by default with port 9094."
@@ -402,12 +405,27 @@ def _chain(server: Address, timeout: float) -> list[x509.Certificate]:
             raise TrustError("it shows a certificate that cannot be read", where=server) from None
 
 
-def _handshake(server: Address, root: x509.Certificate, shown: x509.Certificate | None, timeout: float) -> None:
-    """A handshake that trusts `root` alone; `shown` is the server's certificate, for what there is to say about it."""
+def _handshake(
+    server: Address, root: x509.Certificate, shown: x509.Certificate | None, timeout: float, *, stranger: bool = False
+) -> None:
+    """A handshake that trusts `root` alone; `shown` is the server's certificate, for what there is to say about it.
+
+    A `stranger` also waits for the server's first byte, which HTTP/2 has it send at once: in TLS 1.3 a handshake is
+    over before a server that insists on a client's certificate has hung up.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=_pem(root).decode())
-    with _explaining(server, shown), _connected(server, context, timeout):
-        pass
+    with _explaining(server, shown), _connected(server, context, timeout) as connection:
+        if stranger and connection.version() == "TLSv1.3" and not _heard(connection):
+            raise _another_port(server)
+
+
+def _heard(connection: ssl.SSLSocket) -> bool:
+    """Whether the server says anything, and does not hang up."""
+    try:
+        return bool(connection.recv(1))
+    except (ssl.SSLError, ConnectionError):
+        return False
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class Resident:
                     if unsent is not None:
                         self._send(fleet, *unsent)
                         unsent = None
-                        self._change(activity="waiting for a task")
+                        self._change(activity="waiting for a task", run=None, round=None)
                     pause.reset()
                     asked = time.monotonic()
                     message = self._receive(fleet)

@@ -15,7 +15,7 @@ class State:
     Attributes:
         pid, instance: the process, and the random name it attends under.
         since: when `connected` became what it is.
-        run, round, activity: what it works on; None and "" when it waits.
+        run, round, activity: what it works on; run and round are None when it waits.
         last_error: the last thing that went wrong, for a person.
         fleet_id: by which the SuperLink knows the last connection, if there was one.
     """

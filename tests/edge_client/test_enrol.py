@@ -521,11 +521,14 @@ def test_a_server_that_cannot_be_reached(coordinator: Coordinator, place: Path, 
     refused(Unreachable, lambda: enrol(coordinator, place, data, address="255.255.255.255:9094"), "cannot be reached")
 
 
-def test_the_coordinator_but_another_of_its_ports(coordinator: Coordinator, place: Path, data: str) -> None:
-    token = coordinator.invite()
+@pytest.mark.parametrize("service", ["fleet", "federation"])
+def test_the_coordinator_but_another_of_its_ports(
+    coordinator: Coordinator, place: Path, data: str, service: str
+) -> None:
+    token, port = coordinator.invite(), getattr(coordinator, f"{service}_port")
     refused(
         ServiceError,
-        lambda: enrol(coordinator, place, data, token_text=token, address=f"localhost:{coordinator.fleet_port}"),
+        lambda: enrol(coordinator, place, data, token_text=token, address=f"localhost:{port}"),
         "does not enrol at this port",
         "The token is still good",
     )

@@ -67,6 +67,7 @@ def test_a_federation_of_processes_comes_to_what_its_simulation_comes_to(place: 
         run = json.loads((place / "out.json").read_text())
         assert "Federated" in printed and run["run"] in printed
         _each_backbone_was_loaded_once(running, names)
+        _all_wait_again(running, names)
         running.command("coordinator", "export", run["folder"], place / "adapter")
         running.command("coordinator", "export", run["run"], place / "merged", "--merged", "--home", running.home)
         listed = json.loads(running.command("coordinator", "runs", "--home", running.home, "--json"))
@@ -94,6 +95,12 @@ def _each_backbone_was_loaded_once(running: Federation, names: list[str]) -> Non
         log = (running.path / f"{name}.log").read_text()
         assert log.count("loading the backbone") == 1, log
         assert log.count("training") == 3, log
+
+
+def _all_wait_again(running: Federation, names: list[str]) -> None:
+    for name in names:
+        state = json.loads(running.command("edge-client", "status", "--home", running.path / name, "--json"))["state"]
+        assert (state["activity"], state["run"], state["round"]) == ("waiting for a task", None, None)
 
 
 def _simulated(running: Federation, plan: Path, place: Path) -> dict[str, Any]:
