@@ -108,12 +108,12 @@ SST2: Sections = {
     "protection": {"kind": "sealed"},
     "evaluation": {"every": 6, "examples": 128},
     "delivery": {"kind": "emulator", "first": 1, "last": 1},
-    "distillation": {"steps": 200, "batch_size": 32, "check_every": 50},
+    "distillation": {"steps": 1000, "batch_size": 32, "check_every": 100},
 }  # fmt: skip
 
 LORA: Final[Mapping[str, Any]] = {"kind": "lora", "rank": 8}
 FULL: Final[Mapping[str, Any]] = {"kind": "full"}
-RATES: Final = {("builtin", "full"): 1e-3, ("sst2", "full"): 2e-4}
+RATES: Final = {("builtin", "full"): 1e-3, ("sst2", "full"): 1e-3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ def _by_hand(tuned: Tuned, case: Case, plan: Plan, ready: Callable[[torch.nn.Mod
     tuned.model.train()
     trained = [one for one in tuned.model.parameters() if one.requires_grad]
     masters = [one if one.dtype == torch.float32 else one.detach().float() for one in trained]
-    optimizer = make_optimizer(plan.training, masters)
+    optimizer = make_optimizer(plan.training, {str(number): one for number, one in enumerate(masters)})
     for batch in batches(case.examples(), case.texts, seed=None, epoch=0):
         loss = _backward(tuned, batch)
         with torch.no_grad():

@@ -49,7 +49,7 @@ def centralised(
     bench.load(initial)
     train(
         bench.tuned,
-        initial | bench.local(),
+        initial | bench.own(),
         pooled,
         plan.training.model_copy(update={"proximal_mu": 0.0}),
         pad_id=bench.pad_id,

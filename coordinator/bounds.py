@@ -53,7 +53,9 @@ def following(plan: Plan, bounds: Bounds, aggregate: Aggregate) -> Bounds:
     norm, ranges = bounds.clipping_norm, dict(bounds.ranges)
     if norm is not None and aggregate.within is not None:
         norm = clipping.next_norm(norm, aggregate.within, plan.privacy.target_quantile, plan.privacy.quantile_rate)
-    if ranges and plan.protection.adapt_range:
+    # Steps of a method's own have a bound that is exact, and what they change differs from client to client: a value of
+    # FedKSeed that one client moves is a small part of itself in the mean.
+    if ranges and plan.protection.adapt_range and plan.tuning.by_gradient:
         widest = _widest(plan, norm)
         for name, change in aggregate.update.items():
             near = HEADROOM * float(np.abs(change).max(initial=0.0))

@@ -73,6 +73,13 @@ def simulate(
         Path | None,
         typer.Option(help="Public text to build an emulator with and to judge it by; a file or a folder."),
     ] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            "--mixed",
+            help="Have clients take the Plan's own way to tune and its tuning.alternatives in turn, by their names.",
+        ),
+    ] = False,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -105,7 +112,7 @@ def simulate(
         raise RunError("--client-cpus and --client-gpus are for Flower's engine", hint="Add --engine flower.")
     faults = None if dropout is None and stragglers is None else Faults(dropout or 0.0, stragglers or 0.0)
     console = Console()
-    request = Request(plan, clients, data, runs, resume, faults, compare, resources, emulator, public)
+    request = Request(plan, clients, data, runs, resume, faults, compare, resources, emulator, public, mixed)
     progress = SimulationConsole(console)
     if json_file is not None:  # before the work, not after hours of it
         with writing(json_file):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
 from farfield.protocols.envelope import Charter
-from farfield.protocols.errors import PlanError
 from farfield.protocols.messages import Evaluate, Train
 from farfield.protocols.plan import Plan
 from farfield.protocols.summing import Shapes, Subject
@@ -128,16 +127,10 @@ class Conductor:
         Args:
             accounts: where privacy is accounted for; needed where the Plan promises any.
             owner: who makes and judges emulators; needed where the Plan ships one.
-
-        Raises:
-            PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
         self._plan, self._run, self._carrier, self._journal = plan, run, carrier, journal
         self._accounts, self._owner = accounts, owner
-        rule = registered()[plan.aggregation.rule](plan.aggregation)
-        if not isinstance(rule, SumRule):
-            raise PlanError(f"aggregation.rule = {plan.aggregation.rule!r} must see each update; there are sums only")
-        self._rule: SumRule = rule
+        self._rule = registered()[plan.aggregation.rule](plan.aggregation)
         self._secure = plan.protection.kind == "secagg"
         self._first = True
 
@@ -204,6 +197,7 @@ class Conductor:
             clipping_norm=last.bounds.clipping_norm,
             emulator_loss=emulator_loss,
             plug_in_loss=plug_in_loss,
+            lost=aggregate.lost if aggregate else None,
         )
         return Checkpoint(record, adapter, moments, following)
 
@@ -230,6 +224,7 @@ class Conductor:
             training = TrainingRound(plan, self._run, number, last.adapter, cohort, self._rule, now, wanted, norm)
             self._carrier.carry(training, "training", traffic)
             return training.result()
+        assert isinstance(self._rule, SumRule), "the Plan refuses secure aggregation with a rule that is none"
         work = Train(pack_state(last.adapter, plan.delivery.dtype), norm)
         shapes = trained_shapes(plan, last.adapter, number)
         ranges = tuple(last.bounds.ranges[name] for name in sorted(shapes))

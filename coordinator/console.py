@@ -14,6 +14,7 @@ from farfield.emulator.methods import TuningMethod, advice
 from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism, promised
 
+from .aggregation import traits
 from .conductor import improvement
 from .emulator_console import BuildLines
 from .results import Result
@@ -147,6 +148,8 @@ def _row(console: Console, record: RoundRecord) -> None:
     if record.plug_in_loss is not None:
         said = f"{record.emulator_loss:.4f} on the emulator, {record.plug_in_loss:.4f} plugged in"
         plain(console, f"        the owner's text: {said}")
+    if record.lost:
+        plain(console, f"        {record.lost:.1%} of the combined change did not fit into the adapter's rank")
     for node, problem in record.problems.items():
         plain(console, f"        {node}: {problem}", "yellow")
 
@@ -214,6 +217,8 @@ def _delivery(plan: Plan) -> str:
     return f"clients get an emulator, and never the backbone; {tuned}; between them: {', '.join(made)}"
 
 
+_APART = ("kind", "alternatives")
+
 _PROTECTION = {
     "none": "none: whoever carries an update can read it; for simulations only",
     "sealed": "sealed: the coordinator can read each client's update, and nobody on the way",
@@ -255,6 +260,23 @@ def _privacy(plan: Plan) -> dict[str, str]:
     }
 
 
+def _alternatives(plan: Plan) -> dict[str, str]:
+    """What clients may do instead, and what that means for the aggregation, by title."""
+    listed = [
+        " and ".join(f"{key} {value}" for key, value in one.model_dump().items() if value is not None) or "the same"
+        for one in plan.tuning.alternatives
+    ]
+    if not plan.ranks or plan.tuning.adapter_rank is None:
+        return {"instead": "; or ".join(listed)}
+    ranks = ", ".join(map(str, sorted({plan.tuning.adapter_rank, *plan.ranks}, reverse=True)))
+    if traits()[plan.aggregation.rule].factors:
+        meaning = f"{plan.aggregation.rule} combines updates of these ranks by what their factors are"
+    else:
+        when = ", before it masks" if plan.protection.kind == "secagg" else ""
+        meaning = f"a client adds zeros for the ranks that it does not train{when}, so these move by the others' work"
+    return {"instead": "; or ".join(listed), "ranks": f"{ranks}: {meaning}"}
+
+
 def print_plan(console: Console, plan: Plan) -> None:
     """`coordinator plan check`: the digest, and what the Plan will do, in words."""
     training, cohort, rule = plan.training, plan.cohort, plan.aggregation
@@ -267,7 +289,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         else f"{cohort.fraction:.0%} of the clients present" if cohort.fraction
         else "every client present"
     )  # fmt: skip
-    tuning = ", ".join(f"{key} {value}" for key, value in plan.tuning.model_dump().items() if key != "kind")
+    tuning = ", ".join(f"{key} {value}" for key, value in plan.tuning.model_dump().items() if key not in _APART)
     optimizer = "" if rule.server_optimizer == "none" else f", then server {rule.server_optimizer}"
     proximal = f", FedProx with μ {training.proximal_mu:g}" if training.proximal_mu else ""
     rows = {
@@ -284,7 +306,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "delivery": _delivery(plan),
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
         "protection": _protection(plan),
-    } | {title: text for title, text in _privacy(plan).items() if text}
+    } | {title: text for title, text in (_alternatives(plan) | _privacy(plan)).items() if text}
     assert isinstance(plan.tuning, TuningMethod)
     advised = advice(plan.tuning)
     if advised and (plan.protection.kind == "secagg" or plan.privacy.kind != "none"):

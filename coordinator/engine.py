@@ -149,6 +149,8 @@ def _fleet(setting: Setting) -> tuple[Fleet, Plan]:
     from farfield.emulator import backbone, methods
     from farfield.emulator.bench import Bench
 
+    from .simulate import alternatives
+
     info = setting.info
     folder = Path(info.backbone)
     backbone.check(folder)
@@ -156,7 +158,9 @@ def _fleet(setting: Setting) -> tuple[Fleet, Plan]:
         raise BackboneError(f"the backbone in {folder} is not the one that this run began with")
     plan = plans.restore(setting.plan, methods.registered(), where=f"run {info.run}")
     clients = sources(info.clients, Path(info.data) if info.data else None)
-    return Fleet(plan, Bench(plan, Path(info.emulator) if info.emulator else folder), clients), plan
+    shipped = Path(info.emulator) if info.emulator else folder
+    others = [Bench(plan, shipped, local=way) for way in alternatives(plan)] if info.mixed else []
+    return Fleet(plan, Bench(plan, shipped), clients, others=others), plan
 
 
 def go(

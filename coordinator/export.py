@@ -42,14 +42,14 @@ def export(run: Path, out: Path, *, merged: bool, client: str | None = None) -> 
 
     from .simulation import kept_by
 
-    bench = Bench(plan, model_folder)
-    own = kept_by(folder, client, finished[-1]) if bench.local() else None
-    if client is not None and not bench.local():
+    bench = Bench(plan, model_folder, plain=merged)
+    own = kept_by(folder, client, finished[-1]) if bench.own() else None
+    if client is not None and not bench.own():
         raise TuningError("all clients share one adapter", where=folder.path, hint="Leave --client out.")
     bench.load(folder.load(finished[-1]).adapter, own)
     with writing(out), backbone.silent_transformers():
         if merged:
-            bench.method.merge(bench.tuned).save_pretrained(out)
+            bench.merged().save_pretrained(out)
             bench.tokenizer.save_pretrained(out)
             if (model_folder / OWNER_ONLY).exists():  # what holds the backbone is as much its owner's
                 (out / OWNER_ONLY).touch()

@@ -13,9 +13,9 @@ from . import aggregation
 
 def load(path: Path) -> Plan:
     """The Plan in the file `path`. Raises PlanError."""
-    return plan.load(path, methods.registered(), aggregation.views())
+    return plan.load(path, methods.registered(), aggregation.traits())
 
 
 def parse(text: str, where: object = "Plan") -> Plan:
     """The Plan that `text` describes. Raises PlanError."""
-    return plan.parse(text, methods.registered(), aggregation.views(), where=where)
+    return plan.parse(text, methods.registered(), aggregation.traits(), where=where)

@@ -34,6 +34,8 @@ class Aggregate:
         loss: mean training loss of the counted clients in nats, weighted by their targets; None where it is not told.
         clients: nodes whose updates were counted.
         within: share of the updates that were not clipped, with its noise; None where the clipping norm is fixed.
+        lost: share of what was to be combined that the update cannot hold (`aggregation.Combined`); None where the rule
+            does not say.
     """
 
     update: State
@@ -43,6 +45,7 @@ class Aggregate:
     targets: int
     steps: int
     within: float | None = None
+    lost: float | None = None
 
 
 def release(plan: Plan, rule: SumRule, total: Sum, clients: tuple[str, ...], clipping_norm: float | None) -> Aggregate:

@@ -64,7 +64,7 @@ def save_adapter(folder: RunFolder, bench: Bench, last: Checkpoint) -> None:
     Raises:
         RunError: the disk refuses.
     """
-    if bench.local():
+    if bench.own():
         return
     bench.load(last.adapter)
     with writing(folder.adapter_folder):

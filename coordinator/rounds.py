@@ -2,7 +2,7 @@
 
     round = TrainingRound(plan, run, number, adapter, cohort, rule, now)
     round.tasks()                     what to send, and to whom
-    round.receive(reply, now)         once per reply, in the order they come; its update is added and forgotten
+    round.receive(reply, now)         once per reply, in the order they come; its update is added, or kept
     round.lose(node, reason)          a participant that will not answer
     round.tick(now)                   closes the round when its time is up
     round.closed, round.result()      enough answers or no time left; the aggregate, or None with too few updates
@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from farfield.emulator.factors import shapes_at
 from farfield.emulator.methods import TuningMethod
 from farfield.protocols.errors import WireError
 from farfield.protocols.messages import Evaluate, Evaluated, Reply, Train, Trained
 from farfield.protocols.plan import Plan
-from farfield.protocols.privacy import central
-from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism
 from farfield.protocols.seeds import derive
-from farfield.protocols.summing import Sum, marks
-from farfield.protocols.tensors import ITEM_BYTES, State, Tensor, pack_state, unpack
+from farfield.protocols.tensors import State, pack_state
 
-from .aggregation import SumRule
+from .aggregation import SumRule, ViewRule
 from .asking import Answers, Asking, Verdict
-from .releasing import Aggregate, release
+from .keeping import Keeping, KeptSum, KeptViews
+from .releasing import Aggregate
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +79,13 @@ def trained_shapes(plan: Plan, adapter: State, number: int) -> dict[str, tuple[i
 
 
 class TrainingRound(Asking):
-    """A cohort trains from one adapter; the weighted sum of its updates is all that is kept of them.
+    """A cohort trains from one adapter; of its updates their weighted sum is kept, or each where a rule must see it.
 
-    An update holds what the tuning method trains in this round: all of the adapter, or a half of it by turns.
+    An update holds what the tuning method trains in this round: all of the adapter, or a half of it by turns; and of
+    LoRA's factors all, or the first ranks, where the Plan's alternatives allow it.
 
-    Memory is one update's size whatever the number of clients: the sum. `problems` says by node what went wrong.
+    Memory is one update's size whatever the number of clients, and that of all updates with a ViewRule. `problems` says
+    by node what went wrong.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class TrainingRound(Asking):
         number: int,
         adapter: State,
         cohort: Sequence[str],
-        rule: SumRule,
+        rule: SumRule | ViewRule,
         now: float,
         wanted: int | None = None,
         clipping_norm: float | None = None,
@@ -110,20 +107,13 @@ class TrainingRound(Asking):
         """
         answers = Answers(plan, run, number, tuple(cohort), now, plan.cohort.round_seconds, wanted)
         super().__init__(answers, Train(pack_state(adapter, plan.delivery.dtype), clipping_norm))
-        self._rule = rule
-        self._shapes = trained_shapes(plan, adapter, number)
-        self._clipping_norm = clipping_norm
-        made = mechanism(plan)
-        self._made = made if isinstance(made, ClientMechanism) else None
-        self._mark = marks(self._made, clipping_norm) if self._made and clipping_norm else np.zeros(0)
-        self._marks = np.zeros(self._mark.size)
-        # In single precision the order of the sum would change it by more than noise can well be made for.
-        self._dtype = np.float32 if clipping_norm is None else np.float64
-        self._sum: dict[str, NDArray[Any]] = {}
-        self._weight = 0.0
-        self._counted: list[str] = []
-        self._examples = self._targets = self._steps = 0
-        self._loss = 0.0
+        shapes = trained_shapes(plan, adapter, number)
+        self._shapes = [shapes, *(shapes_at(shapes, rank) for rank in sorted(plan.ranks))]
+        self._kept: Keeping
+        if isinstance(rule, SumRule):
+            self._kept = KeptSum(plan, rule, shapes, len(cohort), clipping_norm)
+        else:
+            self._kept = KeptViews(plan, rule, adapter)
 
     def receive(self, reply: Reply, now: float) -> Verdict:
         """Count the reply, if it may count. A reply that is not counted changes no number."""
@@ -136,64 +126,26 @@ class TrainingRound(Asking):
             self._check(reply.outcome)
         except WireError as error:
             return self._answers.reject(reply.node, str(error))
-        self._add(reply.node, reply.outcome)
+        self._kept.add(reply.node, reply.outcome)
+        self._answers.counted += 1
         return Verdict.ACCEPTED
 
     def result(self) -> Aggregate | None:
         """The aggregate of a closed round, once; None when fewer than `cohort.minimum` updates came."""
         if not self.closed:
             raise RuntimeError("the round is still open")
-        if len(self._counted) < self._answers.plan.cohort.minimum:
-            return None
-        told = (self._weight, self._examples, self._targets, self._loss, self._steps)
-        total, self._sum = Sum(self._sum, *told, mark=self._marks, slack=self._slack), {}
-        return release(self._answers.plan, self._rule, total, tuple(self._counted), self._clipping_norm)
-
-    @property
-    def _slack(self) -> float:
-        """What the order of the sum can change it by, where it matters."""
-        if self._made is None or self._clipping_norm is None:
-            return 0.0
-        return central.summing_slack(len(self._counted), self._made.bound(self._clipping_norm))
+        return None if self._answers.counted < self._answers.plan.cohort.minimum else self._kept.aggregate()
 
     def _check(self, trained: Trained) -> None:
-        """Raises WireError unless the update's tensors are what was asked for, finite, and remain so in the sum."""
+        """Raises WireError unless the update's tensors are what was asked for, finite, and remain so."""
         if self._answers.plan.privacy.kind == "none" and not (trained.examples and trained.targets):
             raise WireError("an update from no example")
         _check_loss(trained, len(self._answers.nodes))
         shapes = {name: tensor.shape for name, tensor in trained.update.items()}
-        if shapes != self._shapes:
-            odd = sorted(set(shapes.items()) ^ set(self._shapes.items()))
+        if shapes not in self._shapes:
+            odd = sorted(set(shapes.items()) ^ set(self._shapes[0].items()))
             raise WireError(f"the update's tensors differ from the adapter's, first at {odd[0][0]!r} {odd[0][1]}")
-        # Half of what a sum of so many can hold: what is added is rounded.
-        largest = np.finfo(np.float32).max / 2 / len(self._answers.nodes) / self._rule.weight(trained)
-        for name, tensor in trained.update.items():
-            if not all((np.abs(block) <= largest).all() for block in _unpacked(tensor)):  # of NaN, too
-                raise WireError(f"the update has values that are not finite, or too large to add, first in {name!r}")
-
-    def _add(self, node: str, trained: Trained) -> None:
-        weight = self._rule.weight(trained)
-        scale = np.float32(weight)
-        if self._clipping_norm is not None:
-            scale *= np.float32(self._shortened(trained, self._clipping_norm))
-        for name, tensor in trained.update.items():
-            total = self._sum.setdefault(name, np.zeros(tensor.shape, self._dtype))
-            for part, block in zip(_blocks(total), _unpacked(tensor), strict=True):
-                part += scale * block
-        self._weight += weight
-        self._answers.counted += 1
-        self._counted.append(node)
-        self._examples += trained.examples
-        self._targets += trained.targets
-        self._steps += trained.steps
-        self._loss += trained.loss * trained.targets
-
-    def _shortened(self, trained: Trained, norm: float) -> float:
-        """The factor that brings the update within `norm`: its client has clipped it, but need not have."""
-        blocks = (block for tensor in trained.update.values() for block in _unpacked(tensor))
-        before = math.sqrt(sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks))
-        self._marks += -self._mark if trained.clipped else self._mark
-        return 1.0 if before <= norm else norm / before * (1 - 2.0**-22)
+        self._kept.check(trained)
 
 
 class EvaluationRound(Asking):
@@ -236,20 +188,3 @@ def _check_loss(outcome: Trained | Evaluated, nodes: int) -> None:
     """Raises WireError when the mean over `nodes` clients with such a loss would not be finite."""
     if not math.isfinite(outcome.loss * outcome.targets * nodes):
         raise WireError(f"a loss of {outcome.loss:g} over {outcome.targets} targets")
-
-
-_BLOCK = 1 << 18
-
-
-def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Views that together are `array`: what is computed from one is small, however large the array."""
-    flat = array.reshape(-1)
-    return (flat[at : at + _BLOCK] for at in range(0, flat.size, _BLOCK))
-
-
-def _unpacked(tensor: Tensor) -> Iterator[NDArray[np.float32]]:
-    """The values of `tensor` in blocks of the same sizes."""
-    raw, size = memoryview(tensor.data), ITEM_BYTES[tensor.dtype]
-    for at in range(0, len(raw), _BLOCK * size):
-        block = raw[at : at + _BLOCK * size]
-        yield unpack(Tensor(tensor.dtype, (len(block) // size,), block))

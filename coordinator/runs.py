@@ -45,7 +45,8 @@ class RoundRecord:
     Losses are in nats per target; `bytes_*` count encoded messages as the coordinator sends and receives them;
     `clients` is how many updates were counted (0: the round changed nothing); `problems` says by node what went wrong;
     `clipping_norm` is the norm to which whole updates were clipped, where they were. `emulator_loss` and
-    `plug_in_loss` are those of the adapter on the emulator and in the backbone, on the owner's own text.
+    `plug_in_loss` are those of the adapter on the emulator and in the backbone, on the owner's own text. `lost` is the
+    share of the combined change that no adapter of the Plan's rank can hold, where the aggregation rule measures it.
     """
 
     round: int
@@ -61,6 +62,7 @@ class RoundRecord:
     clipping_norm: float | None = None
     emulator_loss: float | None = None
     plug_in_loss: float | None = None
+    lost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class RunInfo:
     """What a run is, besides its Plan: enough to go on with it, or to export it, from the folder alone.
 
     `clients` and what follows it are for simulations; a run over real clients has None, and takes those that are there.
-    `emulator` is the folder of the emulator with which the run began, where it ships one.
+    `emulator` is the folder of the emulator with which the run began, where it ships one. With `mixed` the simulated
+    clients take the Plan's own way to tune and its alternatives in turn.
     """
 
     run: str
@@ -90,6 +93,7 @@ class RunInfo:
     dropout: float = 0.0
     stragglers: float = 0.0
     emulator: str | None = None
+    mixed: bool = False
 
 
 class RunFolder:

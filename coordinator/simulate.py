@@ -6,11 +6,11 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from farfield.emulator import backbone, build
+from farfield.emulator import backbone, build, methods
 from farfield.emulator.bundle import OWNER_ONLY
 from farfield.emulator.layout import is_emulator
 from farfield.emulator.methods import TuningMethod
@@ -43,6 +43,7 @@ class Request:
         emulator: a folder that `coordinator emulator build` wrote; None is one that is made for this run.
         public: text that is nobody's secret, to make the emulator with and to judge it; see `emulator.text.read`.
         flower: what each client has in Flower's simulation engine; None is the engine of this process.
+        mixed: whether clients take the Plan's own way to tune and its alternatives in turn.
     """
 
     plan: Path
@@ -55,6 +56,7 @@ class Request:
     flower: Resources | None = None
     emulator: Path | None = None
     public: Path | None = None
+    mixed: bool = False
 
 
 def simulate(request: Request, progress: Progress) -> Result:
@@ -107,12 +109,28 @@ def simulate(request: Request, progress: Progress) -> Result:
     name = info.run if info else f"{time.strftime('%Y%m%d-%H%M%S')}-{request.plan.stem}-{secrets.token_hex(2)}"
     data = str(request.data.absolute()) if request.data else None
     new = RunInfo(
-        name, plan.digest, str(model_folder), fingerprint, len(clients), data, faults.dropout, faults.stragglers
+        run=name,
+        plan_digest=plan.digest,
+        backbone=str(model_folder),
+        backbone_fingerprint=fingerprint,
+        clients=len(clients),
+        data=data,
+        dropout=faults.dropout,
+        stragglers=faults.stragglers,
+        mixed=request.mixed,
     )
-    at = lru_cache(1 + plan.emulator.turns)(partial(Bench, plan))  # emulators and backbone stay loaded
+    ways = alternatives(plan) if (info or new).mixed else []
+
+    @lru_cache((1 + plan.emulator.turns) * (1 + len(ways)))  # emulators and backbone stay loaded
+    def at(path: Path, local: Plan | None = None) -> Bench:
+        return Bench(plan, path, local=local)
+
+    def others(path: Path) -> list[Bench]:
+        return [at(path, way) for way in ways]
+
     bench = None if plan.delivery.kind == "emulator" else at(model_folder)
     if bench is not None:
-        fleet = Fleet(plan, bench, clients, request.runs / name / "local")
+        fleet = Fleet(plan, bench, clients, request.runs / name / "local", others(model_folder))
         fleet.check(progress)
     if info is None:
         if plan.delivery.kind == "emulator":
@@ -123,15 +141,16 @@ def simulate(request: Request, progress: Progress) -> Result:
     with folder.held():
         progress.on_folder(folder.path)
         if bench is None:
-            bench = at(_emulator(plan, request, folder, info, progress))
-            fleet = Fleet(plan, bench, clients, folder.local_folder)
+            made_now = _emulator(plan, request, folder, info, progress)
+            bench = at(made_now)
+            fleet = Fleet(plan, bench, clients, folder.local_folder, others(made_now))
             fleet.check(progress)
         initial = bench.adapter()
         done = folder.records()
         progress.on_start(folder.path, info, done, plan.training.rounds)
         owner = None
         if info.emulator:
-            owner = BackboneOwner(plan, folder, info, lambda path: fleet.use(at(path)), progress, at)
+            owner = BackboneOwner(plan, folder, info, lambda path: fleet.use(at(path), others(path)), progress, at)
         if request.flower:
             last = engine.go(plan, folder, fleet, request.flower, progress, initial, owner)
         else:
@@ -212,6 +231,10 @@ def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:
             where=folder.path,
             hint="Leave --data out when you resume.",
         )
+    if request.mixed and not info.mixed:
+        raise RunError(
+            "this run's clients all do what the Plan says", where=folder.path, hint="Leave --mixed out when you resume."
+        )
     if request.faults not in (None, Faults(info.dropout, info.stragglers)):
         raise RunError(
             f"this run has --dropout {info.dropout} --stragglers {info.stragglers}",
@@ -219,6 +242,13 @@ def _opened(request: Request, plan: Plan) -> tuple[RunFolder, RunInfo]:
             hint="Leave the two options out when you resume.",
         )
     return folder, info
+
+
+def alternatives(plan: Plan) -> list[Plan]:
+    """What clients may work by instead of the Plan, in its order. Raises PlanError where there is nothing."""
+    if not plan.tuning.alternatives:
+        raise PlanError("--mixed has clients take the Plan's alternatives, and tuning.alternatives lists none")
+    return [plan.alternative(number, methods.registered()) for number in range(len(plan.tuning.alternatives))]
 
 
 def _data(request: Request, info: RunInfo | None) -> Path | None:

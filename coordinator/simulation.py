@@ -1,8 +1,8 @@
 """A whole federation in one process: the same rounds, messages and worker as a deployment, without the network.
 
 Every task is signed and every reply sealed as between machines, and the bytes of their parcels are what is counted.
-One bench (a backbone with the tuning method installed) serves all clients in turn, and of their examples only so much
-is kept, so memory does not grow with the number of clients.
+One bench (a backbone with the tuning method installed) serves all clients in turn, or one all that take the same of the
+Plan's alternatives; and of their examples only so much is kept, so memory does not grow with the number of clients.
 """
 
 from __future__ import annotations
@@ -108,19 +108,34 @@ def sources(clients: int | None, data: Path | None) -> list[Source]:
 
 
 class Fleet:
-    """The simulated clients: gives each by name as a participant, at one bench."""
+    """The simulated clients: gives each by name as a participant, at one bench, or at one for each way to tune."""
 
-    def __init__(self, plan: Plan, bench: Bench, clients: Sequence[Source], keep: Path | None = None) -> None:
-        """`keep`: the folder where each client has one for what it keeps of its adapter at home."""
+    def __init__(
+        self,
+        plan: Plan,
+        bench: Bench,
+        clients: Sequence[Source],
+        keep: Path | None = None,
+        others: Sequence[Bench] = (),
+    ) -> None:
+        """
+        Args:
+            keep: the folder where each client has one for what it keeps of its adapter at home.
+            others: benches for the Plan's alternatives. Clients take the Plan and these in turn, by their names.
+        """
         self._plan = plan
         self._keep = keep
-        self._bench = bench
+        self._bench, self._others = bench, others
         self._sources = {client.name: client for client in clients}
         self._kept: OrderedDict[str, tuple[ClientData, int]] = OrderedDict()
 
-    def use(self, bench: Bench) -> None:
-        """Have all clients work at this bench from now on."""
-        self._bench = bench
+    def use(self, bench: Bench, others: Sequence[Bench] = ()) -> None:
+        """Have all clients work at this bench, or at these, from now on."""
+        self._bench, self._others = bench, others
+
+    def bench(self, name: str) -> Bench:
+        """Where the client works."""
+        return (self._bench, *self._others)[self.names.index(name) % (1 + len(self._others))]
 
     @property
     def names(self) -> list[str]:
@@ -139,7 +154,7 @@ class Fleet:
             return sessions.answer(task, asked, Ground(self._plan, "", self.frozen, Terms(1, 1)), work)
 
         taking_part = secure if sessions else None
-        return Worker(name, self._bench, lambda: self.data(name), kept=self.kept(name), secure=taking_part)
+        return Worker(name, self.bench(name), lambda: self.data(name), kept=self.kept(name), secure=taking_part)
 
     def kept(self, name: str) -> LocalState | None:
         """Where the client keeps its own part of the adapter."""
@@ -261,7 +276,7 @@ class SimulatedParticipant:
         """
         key, now = self.identity.sealing, 0.0  # a simulation's clock stands still, so no task of its expires
         opened = open_task(parcel, self.name, lambda _: self.coordinator, key, now, sealed=self.sealed)
-        if opened.charter.frozen != self.fleet.frozen:
+        if opened.charter.frozen != self.fleet.bench(self.name).frozen:
             raise TrustError(
                 "this process draws other frozen adapter weights than the coordinator",
                 hint="The machines run different versions of torch or peft.",
@@ -320,9 +335,6 @@ class Simulation:
 
         Args:
             initial: the adapter before the first round, used when there is no checkpoint yet.
-
-        Raises:
-            PlanError: the Plan's aggregation rule needs more than the sum of the updates.
         """
         return Conductor(self._plan, self._run, self, self._journal, self._accounts, self._owner).go(initial)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from farfield.protocols.errors import FarfieldError, HomeError
+from farfield.protocols.errors import DeviceError, FarfieldError, HomeError
 
 from .home import Home, enrolled, forget
 from .lock import held
@@ -160,8 +160,24 @@ def leave(
 
 
 @app.command()
-def doctor(home: HomeOption = DEFAULT_HOME) -> None:
+def doctor(
+    home: HomeOption = DEFAULT_HOME,
+    plan: Annotated[
+        Path | None, typer.Option(help="Say instead how this machine would work by the Plan in this file.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="How much memory it may take for that, such as 4GB; what is free and allowed, if absent."),
+    ] = None,
+) -> None:
     """Check all that taking part depends on, and say what to do about what is wrong; status 1 if something is."""
+    if plan is not None:
+        from .outlook import show
+
+        show(plan, memory, _place(home), _console())
+        return
+    if memory is not None:
+        raise DeviceError("--memory goes with --plan", hint="Give the Plan that is to fit into it.")
     from .doctor import examine
 
     raise typer.Exit(1 if examine(_place(home), _console()) else 0)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from farfield.protocols.errors import ConsentError
 from farfield.protocols.plan import Plan
 
-PROGRAM_BYTES: Final = 500_000_000
+PROGRAM_BYTES: Final = 550_000_000
 """Resident memory of an edge client before it has loaded a backbone: Python, torch, transformers and Flower. Measured
 on Linux with torch 2.13 for the CPU; with CUDA it is more.
 """
@@ -128,8 +128,8 @@ class Consent(Section):
     max_memory_bytes: Annotated[
         Limit,
         Field(
-            description="The most memory that the program and the backbone's weights may take, by an estimate from "
-            "the backbone's size. What training takes besides depends on batches and lengths and is not counted.",
+            description="The most memory that this program may take, training included. Within it the client looks "
+            "for a way to work by the Plan; where there is none it refuses, and it never takes more.",
             examples=[16_000_000_000],
         ),
     ] = None
@@ -185,15 +185,6 @@ def check(consent: Consent, request: Request, now: datetime) -> None:
         )
 
 
-def memory_estimate(plan: Plan, backbone_bytes: int) -> int:
-    """Bytes of resident memory for the program and the weights of a backbone whose bundle has `backbone_bytes`.
-
-    An estimate: it takes the bundle for bfloat16 weights, as most checkpoints are, so float32 in the Plan doubles
-    them. Files in float32 take half of what it says.
-    """
-    return PROGRAM_BYTES + backbone_bytes * (2 if plan.model.dtype == "float32" else 1)
-
-
 def _refusals(consent: Consent, request: Request, now: datetime) -> Iterator[tuple[str, str, str]]:
     """The limits that forbid `request`: name, value, and what was asked, as "asks for …"."""
     plan, training = request.plan, request.plan.training
@@ -231,12 +222,6 @@ def _refusals(consent: Consent, request: Request, now: datetime) -> Iterator[tup
         ("max_epochs", consent.max_epochs, training.epochs, "asks for {} epochs a round"),
         ("max_message_bytes", consent.max_message_bytes, request.message_bytes, "sends a task of {} bytes"),
         ("max_backbone_bytes", consent.max_backbone_bytes, request.backbone_bytes, "uses a backbone of {} bytes"),
-        (
-            "max_memory_bytes",
-            consent.max_memory_bytes,
-            None if request.backbone_bytes is None else memory_estimate(plan, request.backbone_bytes),
-            "needs about {} bytes of memory",
-        ),
     ]
     for name, limit, asked, sentence in counted:
         if limit is not None and asked is not None and asked > limit:

@@ -17,6 +17,7 @@ from rich.console import Console
 from farfield.protocols.errors import DataError, EnrolmentError, FarfieldError, HomeError, ServiceError, did_you_mean
 
 from .consent import PROGRAM_BYTES, Consent
+from .device import available_memory
 from .home import Home
 from .keys import KEYS
 from .readable import days_left, size
@@ -95,22 +96,6 @@ def _check_memory() -> str:
             hint="Stop something else, or give this container more.",
         )
     return f"{size(available)} free"
-
-
-def available_memory() -> int | None:
-    """Bytes that a process here may still take: what the machine has free, or what its container (cgroup 2) leaves."""
-    try:
-        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        free = int(table["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no container, another version of cgroups, or "max"
-        return free
-    return max(0, min(free, limit - used))
 
 
 def _check_keys(home: Home) -> str:

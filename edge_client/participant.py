@@ -3,11 +3,12 @@
     verify   the coordinator's signature, on the charter and on the task
     consent  the owner's limits; from here on a refusal is a reply
     fetch    the backbone, by its digest, if it is not here yet
+    fit      a way to work by the Plan in the memory that there is
     spend    what the Plan costs of the data's privacy, in the owner's own ledger
     perform  the task, at a bench that stays loaded for the next one
     close    seal the reply to the round's key, and sign it
 
-Data is opened in the fifth step and not before.
+Data is opened in the last but one and not before.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from farfield.emulator import methods
 from farfield.emulator.layout import is_emulator
 from farfield.protocols import plan as plans
 from farfield.protocols.envelope import Charter, Identity, Opened, close_reply, open_task
-from farfield.protocols.errors import ConsentError, DataError, FarfieldError, TrustError
+from farfield.protocols.errors import ConsentError, DataError, DeviceError, FarfieldError, TrustError
 from farfield.protocols.messages import Evaluate, Failed, Outcome, Refused, Reply, Secure, Secured, Task, Train
 from farfield.protocols.parcel import Parcel
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
 from farfield.protocols.turns import takes_part
 
+from . import device, fitting, limit
 from .consent import Consent, Request, check
 from .secure import Ground, Sessions
 from .spending import Spending
@@ -44,6 +46,7 @@ from .terms import terms
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
+    from .choice import Way
     from .data import ClientData
     from .local_state import LocalState
     from .secure import Work
@@ -86,6 +89,8 @@ class Participant:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
         self._bench: Bench | None = None
+        self._most: int | None = None
+        self._frugal = False
         self._data: ClientData | None = None
         self.loads = 0
         """How often a backbone was loaded."""
@@ -113,7 +118,8 @@ class Participant:
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
             self._report(task.run, task.round, _activity(task))
-            return self._perform(bench, opened)
+            with limit.held(self._most):
+                return self._perform(bench, opened)
         except ConsentError as error:
             self._report(task.run, task.round, f"refused: {error}")
             return Refused(str(error))
@@ -150,16 +156,48 @@ class Participant:
         if is_emulator(folder) != (plan.delivery.kind == "emulator"):
             found = "an emulator" if is_emulator(folder) else "a whole backbone"
             raise TrustError(f"the Plan's delivery.kind is {plan.delivery.kind!r}, and what was sent is {found}")
+        way = self._way(plan, charter.run, number, folder)
         self._report(charter.run, number, "loading the backbone")
-        bench = Bench(plan, folder)
+        with limit.held(self._most):
+            bench = Bench(plan, folder, local=None if way is None else way.plan(plan))
         self.loads += 1
-        if bench.frozen != charter.frozen:
+        # What an alternative freezes is its own affair: what it trains is what the Plan names.
+        if (way is None or way.alternative is None) and bench.frozen != charter.frozen:
             raise TrustError(
                 "this machine draws other frozen adapter weights than the coordinator",
                 hint="The two sides run different versions of torch or peft.",
             )
         self._bench, self._charter = bench, charter
         return bench
+
+    def _way(self, plan: Plan, run: str, number: int, folder: Path) -> Way | None:
+        """How the Plan is worked by here; None is as it is, where there is room for whatever that comes to.
+
+        Raises:
+            ConsentError, DeviceError: there is no way within the owner's limit, or within what the machine has left.
+        """
+        allowed, left = self._consent.max_memory_bytes, device.available_memory()
+        limits = [one for one in (allowed, None if left is None else device.resident() + left) if one is not None]
+        self._most = min(limits, default=None)
+        way = None
+        # With noise for each example a step is another one, which is not looked ahead at; the limit holds for it too.
+        if self._most is not None and plan.privacy.kind != "example" and self._most < fitting.ample(plan, folder):
+            self._report(run, number, "looking for what fits into memory")
+            try:
+                choice = fitting.choose(plan, folder, self._most, self._consent.methods)
+            except DeviceError as error:
+                if self._most != allowed:
+                    raise
+                raise ConsentError(
+                    error.what, where=f"consent.max_memory_bytes = {allowed:,}", hint=error.hint
+                ) from None
+            way = choice.chosen.way
+            self._report(run, number, f"fits into memory: {fitting.named(choice.chosen, plan)}")
+        frugal = way is not None and way.frugal
+        if frugal != self._frugal:
+            self._frugal = frugal
+            device.save_memory(frugal)
+        return way
 
     def _perform(self, bench: Bench, opened: Opened) -> Outcome:
         from .worker import Worker
@@ -174,7 +212,7 @@ class Participant:
 
         def secure(task: Task, asked: Secure, work: Work) -> Secured:
             own = terms(self._consent, opened.charter.roster, datetime.now(UTC))
-            ground = Ground(bench.plan, opened.charter.backbone, bench.frozen, own)
+            ground = Ground(bench.plan, opened.charter.backbone, opened.charter.frozen, own)
             return self._sessions.answer(task, asked, ground, work)
 
         def spend(number: int) -> None:

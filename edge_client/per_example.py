@@ -12,7 +12,7 @@ from farfield.emulator.methods import Tuned
 from farfield.kernels import clip
 from farfield.protocols.errors import TuningError
 
-_HINT = "Use 'lora' without dora, 'fed-sb' or 'prefix-tuning'."
+_HINT = "Use 'lora' without dora, 'lora-fa', 'fed-sb', 'bottleneck' or 'prefix-tuning'."
 
 
 # Registered with Opacus, so that its own modes use them too.
@@ -53,11 +53,12 @@ def check(tuned: Tuned, kind: str) -> None:
         kind: what the tuning method is called.
 
     Raises:
-        TuningError: one has none, or the method wants the gradients of the batch for itself.
+        TuningError: one has none, or none that shows, or the method wants the gradients of the batch for itself.
     """
     ids = torch.arange(1, 9, device=next(tuned.model.parameters()).device).repeat(2, 1)
     with recording(tuned, repr(kind)) as recorder, torch.enable_grad():
         recorder.gradients(lambda: tuned.model(input_ids=ids, attention_mask=ids > 0).logits.float().sum(), *ids.shape)
+        recorder.refuse_unseen()
 
 
 @contextmanager
@@ -126,6 +127,16 @@ class Recorder:
             name: self._found[name] if name in self._found else torch.zeros(examples, *p.shape, device=p.device)
             for name, p in self._parameters.items()
         }
+
+    def refuse_unseen(self) -> None:
+        """Raises TuningError if the last batch did not come through a layer that is trained, where that could be seen.
+
+        So it is where blocks are computed out of autograd's sight.
+        """
+        for name in self._parameters:
+            if name not in self._found:
+                what = f"{self._method} trains what has no gradient of each example that could be seen"
+                raise TuningError(what, where=name, hint=_HINT)
 
     def follow(self, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """A forward hook."""

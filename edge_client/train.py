@@ -83,7 +83,7 @@ def train(
         nonlocal targets
         group = [collate(batch, pad_id) for batch in next(stream)]
         targets = sum(int((_targets(one) != cross_entropy.IGNORED).sum()) for one in group)
-        return partial(_mean_loss, tuned, group, targets, device)
+        return partial(mean_loss, tuned, group, targets, device)
 
     def counted(_: int, loss: float) -> None:
         nonlocal total_loss, total_targets
@@ -105,7 +105,7 @@ def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_
     tuned.model.eval()
     loss, targets, correct = 0.0, 0, 0
     for batch in batches(examples, batch_size, seed=None, epoch=0):
-        value, hits, labels = _scored(tuned, collate(batch, pad_id), device)
+        value, hits, labels = scored(tuned, collate(batch, pad_id), device)
         loss, correct = loss + value, correct + hits
         targets += int((labels != cross_entropy.IGNORED).sum())
     return Measured(loss / targets, targets, correct)
@@ -119,7 +119,7 @@ def _micro_batches(examples: Sequence[Example], training: Training, seed: int) -
             yield group
 
 
-def _mean_loss(
+def mean_loss(
     tuned: Tuned, group: Sequence[Mapping[str, torch.Tensor]], targets: int, device: torch.device, backward: bool
 ) -> float:
     """The mean loss over all targets of the group, and, where wanted, its gradients."""
@@ -142,9 +142,7 @@ def _summed_loss(tuned: Tuned, collated: Mapping[str, torch.Tensor], device: tor
     return cross_entropy.summed_linear(hidden, head.weight, head.bias, labels)
 
 
-def _scored(
-    tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device
-) -> tuple[float, int, torch.Tensor]:
+def scored(tuned: Tuned, collated: Mapping[str, torch.Tensor], device: torch.device) -> tuple[float, int, torch.Tensor]:
     """Summed loss, hits, and the labels."""
     if tuned.head is None:
         logits, labels = forward(tuned, collated, device)

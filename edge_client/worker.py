@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farfield.emulator.bench import Bench
 from farfield.protocols.errors import FarfieldError, PlanError
@@ -79,8 +79,11 @@ class Worker:
     def _part(self, task: Task, work: Train | Evaluate) -> tuple[Part, Shapes]:
         if isinstance(work, Evaluate) and not self.bench.plan.measures:
             raise PlanError("the task wants a held-out loss, which this Plan's privacy does not allow")
-        part = self._trained(task, work) if isinstance(work, Train) else self._measured(task, work)
-        return part, {name: change.shape for name, change in part.update.items()}
+        if isinstance(work, Evaluate):
+            return self._measured(task, work), {}
+        part = self._trained(task, work)
+        whole = replace(part, update=self.bench.whole(part.update))  # masked values all have one length
+        return whole, {name: change.shape for name, change in whole.update.items()}
 
     def _trained(self, task: Task, work: Train) -> Part:
         plan, bench = self.bench.plan, self.bench
@@ -89,7 +92,7 @@ class Worker:
         if self.spend is not None:
             self.spend(task.round)
         examples = self.data().train
-        shared, own = unpack_state(work.adapter), self._own(task.round - 1)
+        shared, own = bench.part(unpack_state(work.adapter)), self._own(task.round - 1)
         bench.load(shared, own)
         with bench.round(task.round):
             done = self._locally(task, shared | own, examples)
@@ -102,7 +105,7 @@ class Worker:
 
     def _locally(self, task: Task, start: State, examples: Sequence[Example]) -> Outcome:
         """Train at the bench, plainly or so that no single example shows."""
-        plan, bench = self.bench.plan, self.bench
+        plan, bench = self.bench.local, self.bench
         seed = derive(plan.training.seed, "train", task.round, task.node)
         made = mechanism(plan) if plan.privacy.kind == "example" else None
         steps = made.steps if isinstance(made, ExampleMechanism) else local_steps(plan.training, len(examples))
@@ -149,14 +152,14 @@ class Worker:
         examples = self.data().held_out[: settings.examples]
         if not examples:
             return Part()
-        bench.load(unpack_state(work.adapter), self._own(task.round))
+        bench.load(bench.part(unpack_state(work.adapter)), self._own(task.round))
         measured = evaluate(bench.tuned, examples, settings.batch_size, pad_id=bench.pad_id)
         loss = measured.loss * measured.targets
         return Part({}, len(examples), measured.targets, loss, correct=measured.correct)
 
     def _own(self, number: int) -> State:
         """The client's own part of the adapter after round `number`; empty where the method shares all of it."""
-        untrained = self.bench.local()
+        untrained = self.bench.own()
         if not untrained:
             return {}
         if self.kept is None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from farfield.protocols.errors import BackboneError
+from farfield.protocols.errors import BackboneError, TuningError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,24 @@ class Linear:
     out_features: int
     transposed: bool
     bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """Attention or the feed-forward network of one block, by the linear layers that lead into it and out of it.
+
+    Attributes:
+        block: the number of the block.
+        part: which of the two it is.
+        entry: path of a layer that gets the sub-layer's input; queries, keys and values all get it, and so do the
+            gate and what it gates.
+        exit: path of the layer whose output is the sub-layer's.
+    """
+
+    block: int
+    part: Literal["attention", "feedforward"]
+    entry: str
+    exit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,59 @@ class Architecture:
                 widest[block] = linear
         return tuple(sorted(linear.path for linear in widest.values()))
 
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """Attention and the feed-forward network of every block, in the order in which blocks run.
+
+        The layers of a block are told apart by their widths and by the order in which they are defined.
+
+        Raises:
+            TuningError: a block is not made of these two; a mixture of experts is not.
+        """
+        wanted = {linear.path for linear in self.linears}
+        blocks: dict[str, list[Linear]] = {}
+        for linear in _linears(self.blocks_path, self.blocks):
+            if linear.path in wanted:
+                blocks.setdefault(_block_of(linear.path, self.blocks_path), []).append(linear)
+        exits = set(self.feedforward_outputs())
+        return tuple(one for number, linears in blocks.items() for one in self._two(int(number), linears, exits))
+
+    def norms(self) -> tuple[str, ...]:
+        """Paths of the norms of the stream that the blocks have, sorted; those of single heads are not among them."""
+        inside = {_block_of(linear.path, self.blocks_path) for linear in self.linears}
+        return tuple(
+            sorted(
+                path
+                for number, block in enumerate(self.blocks)
+                if str(number) in inside
+                for path, module in block.named_modules(prefix=f"{self.blocks_path}.{number}")
+                if _is_norm(module, self.hidden_size) and next(module.parameters(), None) is not None
+            )
+        )
+
+    def _two(self, number: int, linears: list[Linear], exits: set[str]) -> tuple[Sublayer, Sublayer]:
+        """The sub-layers of one block, from its layers in the order of definition."""
+        hidden = self.hidden_size
+        down = next((one for one in linears if one.path in exits), None)
+        others = [one for one in linears if down and not _ATTENTION.search(one.path)]
+        # A gate may stand beside what it gates, or be fused with it.
+        ups = [
+            one
+            for one in others
+            if down and one.in_features == hidden and one.out_features in (down.in_features, 2 * down.in_features)
+        ]
+        outputs = [one for one in others if one.out_features == hidden and one not in (down, *ups[-2:])]
+        inputs = [one for one in linears if one.in_features == hidden and one not in (*outputs, *ups[-2:])]
+        if down is None or not ups or not outputs or not inputs:
+            raise TuningError(
+                "attention and a feed-forward network were not both found in it",
+                where=f"{self.blocks_path}.{number}",
+                hint="Use 'lora', which goes by single layers.",
+            )
+        return (
+            Sublayer(number, "attention", inputs[0].path, outputs[-1].path),
+            Sublayer(number, "feedforward", ups[-1].path, down.path),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class KeyValueCache:
@@ -100,6 +171,7 @@ class KeyValueCache:
 
 
 _KEY_OR_VALUE = re.compile(r"(^|\.)([kv](_proj|_lin)?|key|value|kv_proj|c_attn|w?qkv(_proj)?|query_key_value)$", re.I)
+_ATTENTION = re.compile(rf"{_KEY_OR_VALUE.pattern}|(^|\.)(q(_proj|_lin)?|query)$", re.I)
 
 
 def describe(model: PreTrainedModel) -> Architecture:
@@ -157,7 +229,7 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
             where=type(model).__name__,
             hint="Leave training.checkpointing out.",
         )
-    cast("Any", model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    cast("Any", model).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _stack(model: nn.Module, name: str) -> tuple[str, tuple[nn.Module, ...]]:

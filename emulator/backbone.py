@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from farfield.protocols.errors import BackboneError, did_you_mean
+from farfield.protocols.sections import Quantization
 
 from . import offline  # noqa: F401 - for its effect
 
@@ -118,6 +119,7 @@ def load_model(
     seed: int = 0,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    quantization: Quantization = "none",
 ) -> PreTrainedModel:
     """The frozen backbone in `folder`, in evaluation mode.
 
@@ -130,6 +132,8 @@ def load_model(
         device: where the model goes.
         attention: which of transformers' implementations of attention, for instance `eager`; None is `sdpa` for models
             that have it.
+        quantization: what the matrices of its blocks are held in (`farfield.emulator.few_bits`); they are rounded one
+            after the other while they are read.
 
     Raises:
         BackboneError: as `check` does; or the folder's model is not made for the task, or its weights are incomplete.
@@ -138,6 +142,7 @@ def load_model(
 
     check(folder)
     config, kind = model_class(folder, task=task, labels=labels)
+    wanted = getattr(torch, dtype)
     with silent_transformers(), torch.random.fork_rng(devices=[]):
         # Weights that the checkpoint lacks are drawn while loading; not `torch.manual_seed`, which also seeds
         # accelerators, and those are not restored here.
@@ -146,7 +151,7 @@ def load_model(
             model, report = cast("Any", kind).from_pretrained(
                 folder,
                 config=config,
-                dtype=getattr(torch, dtype),
+                dtype=wanted if quantization == "none" else _widest(folder),
                 attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,
@@ -160,9 +165,31 @@ def load_model(
                 where=folder,
             ) from error
     _refuse_holes(folder, task, cast("PreTrainedModel", model), report)
+    if quantization != "none":
+        from .few_bits import shrink
+
+        shrink(cast("PreTrainedModel", model), quantization, wanted)
     if task == "sequence-classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = _padding(folder, config)
     return cast("PreTrainedModel", model.requires_grad_(False).eval().to(device))
+
+
+def matrix(folder: Path, path: str) -> torch.Tensor:
+    """The weight of the layer at `path` of the model, as the folder has it; nothing else is read.
+
+    Raises:
+        BackboneError: the folder has none of that name.
+    """
+    from safetensors import safe_open
+
+    held = {key: file for file in _files(folder) for key in _keys(file)}
+    wanted = f"{path}.weight"
+    # Files of a bare backbone lack the first part, and those of a model with a head may have one more.
+    found = [key for key in held if wanted == key or wanted.endswith(f".{key}") or key.endswith(f".{wanted}")]
+    if len(found) != 1:
+        raise BackboneError(f"{wanted!r} was not found", where=folder, hint='Use initial = "zero".')
+    with safe_open(held[found[0]], "pt") as file:
+        return cast("torch.Tensor", file.get_tensor(found[0]))
 
 
 def model_class(folder: Path, *, task: str, labels: int | None) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -189,8 +216,11 @@ def model_class(folder: Path, *, task: str, labels: int | None) -> tuple[PreTrai
 
 
 def attention(device: torch.device, length: int) -> str | None:
-    """The faster implementation: on a CPU, torch's fused kernel is a third slower on short sequences (docs/log.md)."""
-    return "eager" if device.type == "cpu" and length <= 512 else None
+    """The faster implementation: on a CPU, torch's fused kernel is slower on short sequences (docs/log.md).
+
+    On longer ones it is as fast, and does not keep each score.
+    """
+    return "eager" if device.type == "cpu" and length <= 256 else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -284,6 +314,27 @@ def _check_shards(folder: Path) -> None:
         lacking = {key for key, file in weight_map.items() if file == shard} - _keys(folder / shard)
         if lacking:
             raise BackboneError(f"{min(lacking)!r} is not in it, as the index says", where=folder / shard)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checked folder that hold its weights."""
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    return [folder / name for name in sorted(set(_json(folder / _INDEX)["weight_map"].values()))]
+
+
+def _widest(folder: Path) -> torch.dtype:
+    """The format of its files' numbers; where they have several, the one that loses nothing."""
+    import torch
+    from safetensors import safe_open
+
+    found = set()
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    return {frozenset({"BF16"}): torch.bfloat16, frozenset({"F16"}): torch.float16}.get(
+        frozenset(one for one in found if one.startswith(("F", "BF"))), torch.float32
+    )
 
 
 def _keys(path: Path) -> set[str]:

@@ -6,17 +6,18 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from farfield.protocols.errors import MalformedMessage
+from farfield.protocols.errors import MalformedMessage, TuningError
 from farfield.protocols.plan import Plan
 from farfield.protocols.tensors import State
 
-from . import backbone, stored
+from . import backbone, factors, few_bits, stored
 from .architecture import checkpoint_blocks, describe
 from .head import plain_head
 from .layout import Layout, Record, is_emulator
@@ -35,26 +36,40 @@ class Bench:
     on an emulator is at home in the backbone as it is.
 
     Attributes:
-        method: the tuning method.
+        plan: what the coordinator promised; its digest is what tasks refer to.
+        local: what is worked by here: the same, or the Plan with one of its alternatives put in.
+        method: the tuning method that is installed.
         tuned: the model with the method installed, in evaluation mode.
         record: that of the emulator; None where this is the backbone.
         frozen: digest, hexadecimal, of what the method added and does not train (FFA-LoRA's A, VeRA's projections); ""
             where there is nothing. Each machine draws it from the seed and never sends it, so it must be the same.
     """
 
-    def __init__(self, plan: Plan, folder: Path, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        device: torch.device | None = None,
+        local: Plan | None = None,
+        *,
+        plain: bool = False,
+    ) -> None:
         """Load the backbone or the emulator in `folder`.
+
+        Args:
+            local: `plan.alternative(…)`, where this machine takes one.
+            plain: hold the values of a quantised backbone in plain matrices, which can be added to; see `merged`.
 
         Raises:
             BackboneError, TuningError: the folder or the method cannot be used.
             EmulatorError: the emulator was made for another Plan, or the Plan's split does not fit the backbone.
         """
-        assert isinstance(plan.tuning, TuningMethod)
-        self.plan = plan
-        self.method = plan.tuning
+        self.plan, self.local, self._plain = plan, local or plan, plain
+        assert isinstance(self.local.tuning, TuningMethod)
+        self.method = self.local.tuning
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: PreTrainedTokenizerBase = backbone.load_tokenizer(folder)
-        model, layout, self.record = loaded(plan, folder, self.device)
+        model, layout, self.record = loaded(self.local, folder, self.device, promised=plan, plain=plain)
         before = {tensor.data_ptr() for tensor in _tensors(model).values()}
         steps = plan.training.rounds * plan.training.steps if plan.training.steps else None
         path = describe(model).blocks_path
@@ -62,9 +77,11 @@ class Bench:
         def named(name: str) -> str:
             return renumbered(name, path, layout.origins) if layout else name
 
-        setting = Setting(plan.model.task, plan.training.seed, steps, layout.outer if layout else None, named)
+        blocks = layout.outer if layout else None
+        original = None if self.record else partial(backbone.matrix, folder)
+        setting = Setting(plan.model.task, plan.training.seed, steps, blocks, named, plan.tuning.adapter_rank, original)
         tuned = replace(self.method.install(model, setting), named=named)
-        if plan.training.checkpointing:
+        if self.local.training.checkpointing:
             checkpoint_blocks(model)
         self.tuned: Tuned = replace(tuned, head=plain_head(tuned.model))
         self.frozen = _digest(
@@ -74,11 +91,12 @@ class Bench:
                 if not tensor.requires_grad and tensor.data_ptr() not in before
             }
         )
-        local = self.method.sharing.is_local
+        at_home = self.method.sharing.is_local
         trained = self.tuned.trainable()
-        self._shared = {name: parameter for name, parameter in trained.items() if not local(name)}
-        self._local = {name: parameter for name, parameter in trained.items() if local(name)}
+        self._shared = {name: parameter for name, parameter in trained.items() if not at_home(name)}
+        self._local = {name: parameter for name, parameter in trained.items() if at_home(name)}
         self._untrained = _values(self._local)
+        self._initial = self.tuned.initial
 
     @property
     def pad_id(self) -> int:
@@ -88,16 +106,30 @@ class Bench:
 
     def adapter(self) -> State:
         """The shared parameters as they are now: copies."""
+        if self._initial is not None:
+            self._initial()
+            self._initial = None
         return _values(self._shared)
 
-    def local(self) -> State:
+    def own(self) -> State:
         """What a client that has not trained yet keeps at home; empty where all is shared. Not to be written to."""
         return self._untrained
+
+    def part(self, adapter: State) -> State:
+        """What of the Plan's `adapter` is trained here: all of it, or of its factors the first of their ranks."""
+        whole, rank = self.plan.tuning.adapter_rank, self.method.adapter_rank
+        return adapter if whole is None or rank is None else factors.part(adapter, whole, rank)
+
+    def whole(self, update: State) -> State:
+        """An update of what is trained here as one of the Plan's adapter: what is not trained here does not change."""
+        rank = self.plan.tuning.adapter_rank
+        return update if rank is None else factors.padded(update, rank)
 
     def load(self, adapter: State, local: State | None = None) -> None:
         """Set what is trained, rounded to the model's number format.
 
         Args:
+            adapter: what is trained here, see `part`.
             local: what the client keeps at home; None for one that has not trained yet.
 
         Raises:
@@ -107,11 +139,25 @@ class Bench:
         # Apart: a sender who may name what stays at home could have it sent back.
         if not (_fits(adapter, self._shared) and _fits(own, self._local)):
             raise MalformedMessage("the adapter's tensors are not those that this Plan's tuning method trains here")
+        self._initial = None
         with torch.no_grad():
             for name, parameter in (self._shared | self._local).items():
                 parameter.copy_(torch.from_numpy(np.array(own[name] if name in own else adapter[name])))
         if self.tuned.settled is not None:
             self.tuned.settled()
+
+    def merged(self) -> PreTrainedModel:
+        """The model with what was trained folded into its weights; the bench is used up.
+
+        What was tuned on a quantised backbone fits the values that its few bits stand for. They are what it is added
+        to, and the sum is in the Plan's own number format.
+
+        Raises:
+            TuningError: the method has nothing that could be folded in, or the bench is not `plain`.
+        """
+        if self.local.model.quantization != "none" and not self._plain:
+            raise TuningError("nothing can be added to matrices of few bits; a plain bench is wanted")
+        return self.method.merge(self.tuned)
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
@@ -126,13 +172,23 @@ class Bench:
                 parameter.requires_grad_(True)
 
 
-def loaded(plan: Plan, folder: Path, device: torch.device) -> tuple[PreTrainedModel, Layout | None, Record | None]:
+def loaded(
+    plan: Plan, folder: Path, device: torch.device, *, promised: Plan | None = None, plain: bool = False
+) -> tuple[PreTrainedModel, Layout | None, Record | None]:
     """The model in `folder` as the Plan wants it, and the layout of its blocks where not all of them are tuned.
+
+    Of an emulator the blocks that are the backbone's own are quantised as the backbone is; what stands for the others
+    is in the format that it was made in.
+
+    Args:
+        promised: the Plan that an emulator was made for, where `plan` is an alternative of it.
+        plain: hold the values that quantised matrices stand for in plain ones.
 
     Raises:
         BackboneError: the folder cannot be used.
         EmulatorError: the emulator was made for another Plan, or the Plan's split does not fit the backbone.
     """
+    quantization = plan.model.quantization
     settings: Any = {
         "task": plan.model.task,
         "dtype": plan.model.dtype,
@@ -142,9 +198,14 @@ def loaded(plan: Plan, folder: Path, device: torch.device) -> tuple[PreTrainedMo
     }
     if is_emulator(folder):
         model, record = stored.load(folder, **settings)
-        record.check(plan, folder)
+        record.check(promised or plan, folder)
+        if quantization != "none":
+            (few_bits.round_values if plain else few_bits.round_layers)(model, quantization, record.layout.outer)
         return model, record.layout, record
-    model = backbone.load_model(folder, seed=plan.training.seed, **settings)
+    held = "none" if plain else quantization
+    model = backbone.load_model(folder, seed=plan.training.seed, quantization=held, **settings)
+    if plain and quantization != "none":
+        few_bits.round_values(model, quantization)
     if plan.delivery.ends is None:
         return model, None, None
     parts = split(len(describe(model).blocks), plan.delivery.ends, folder)

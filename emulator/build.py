@@ -29,7 +29,7 @@ from farfield.protocols.errors import BundleError, EmulatorError
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
 
-from . import assemble, backbone, stored, text
+from . import assemble, backbone, few_bits, stored, text
 from .architecture import describe
 from .compress import tuned_gradient
 from .distill import Check, distil
@@ -329,8 +329,12 @@ def _untouched(out: Path) -> bool:
 
 
 def _backbone(plan: Plan, folder: Path) -> PreTrainedModel:
+    """The teacher: what clients tune is to fit it as the Plan has it, so its matrices have the values of the few bits.
+
+    They are held in plain ones, since the emulator is cut from them.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return backbone.load_model(
+    model = backbone.load_model(
         folder,
         task=plan.model.task,
         dtype=plan.model.dtype,
@@ -339,6 +343,9 @@ def _backbone(plan: Plan, folder: Path) -> PreTrainedModel:
         device=device,
         attention=backbone.attention(device, plan.data.max_length),
     )
+    if plan.model.quantization != "none":
+        few_bits.round_values(model, plan.model.quantization)
+    return model
 
 
 def _text(

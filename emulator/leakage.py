@@ -244,7 +244,7 @@ def measure(plan: Plan, backbone: Path, emulator: Path, public: PublicText, step
     progress.on_stage("comparing weights")
     record = read(emulator)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [loaded(plan, folder, device)[0] for folder in (backbone, emulator)]
+    models = [loaded(plan, folder, device, plain=True)[0] for folder in (backbone, emulator)]
     if len(describe(models[0]).blocks) != record.layout.split.depth:
         raise EmulatorError(
             f"made for a backbone of {record.layout.split.depth} blocks, and this one has "
@@ -315,7 +315,8 @@ def _attacked(
     Args:
         redraw: the weights of the stand-in are drawn at random first, so that nothing of them is left.
     """
-    model, layout, _ = loaded(plan, emulator, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, layout, _ = loaded(plan, emulator, device, plain=True)
     assert layout is not None
     if layout.quantization == "nf4":
         model, layout = dequantised(model, layout)

@@ -62,10 +62,10 @@ def redistilled(
     record = read(emulator)
     workshop = out / WORKSHOP
     workshop.mkdir(parents=True, exist_ok=True)
-    teaching, learning = Bench(plan, backbone), Bench(plan, emulator)
+    teaching, learning = Bench(plan, backbone, plain=True), Bench(plan, emulator, plain=True)
     for bench in (teaching, learning):
         bench.load(adapter)
-    teacher, student = teaching.method.merge(teaching.tuned), learning.method.merge(learning.tuned)
+    teacher, student = teaching.merged(), learning.merged()
     layout, number_format = record.layout, record.layout.quantization
     if number_format == "nf4":
         student, layout = dequantised(student, layout)
@@ -75,7 +75,7 @@ def redistilled(
     if number_format == "nf4":
         student, layout = quantised(student, layout)
     # With the tuned blocks as they are without the adapter.
-    untuned, _, _ = loaded(plan, emulator, learning.device)
+    untuned, _, _ = loaded(plan, emulator, learning.device, plain=True)
     write(
         with_middle(untuned, student, layout),
         learning.tokenizer,

@@ -8,6 +8,7 @@
     ├── DataError            a client's data
     ├── RunError             a run folder: missing, of another Plan, or on a full disk
     ├── HomeError            the folder of a coordinator or an edge client, or the settings in it
+    ├── DeviceError          the memory of this machine, which is too small for what is asked
     ├── StorageError         the coordinator's database, or a name that it does not know
     ├── ServiceError         a service that cannot start, or that refuses
     │   └── Unreachable          one that does not answer now; worth another try
@@ -76,6 +77,10 @@ class RunError(FarfieldError):
 
 class HomeError(FarfieldError):
     """The folder of a coordinator or an edge client is missing, unsafe, or has settings that are wrong."""
+
+
+class DeviceError(FarfieldError):
+    """This machine, or what is allowed of it, is too small for what is asked."""
 
 
 class StorageError(FarfieldError):

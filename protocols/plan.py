@@ -13,6 +13,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias
@@ -37,11 +38,6 @@ from .sections import (
     Training,
     TuningSettings,
 )
-
-_NOT_YET = {
-    ("model", "quantization"): ("none",),
-}
-"""Values that this release can honour, where the format already knows more."""
 
 
 class Plan(Settings):
@@ -72,7 +68,7 @@ class Plan(Settings):
             raise ValueError(f"no tuning method {kind!r}. {did_you_mean(kind, kinds)}")
         settings = kinds[kind].model_validate(value)
         for number in range(len(settings.alternatives)):
-            _instead(settings, number, kinds)
+            _check_alternative(settings, number, kinds)
         return settings
 
     @field_validator("aggregation")
@@ -98,7 +94,7 @@ class Plan(Settings):
         if cohort is None or aggregation is None:  # what is wrong with them is said anyway
             return value
         assert info.context is not None
-        views = (info.context["rules"] or {}).get(aggregation.rule, False)
+        views = (info.context["rules"] or {}).get(aggregation.rule, Rule()).views
         small = cohort.size is not None and cohort.size < SMALLEST_SUM
         if value.kind is None:
             return value.model_copy(update={"kind": "sealed" if views or small else "secagg"})
@@ -114,11 +110,27 @@ class Plan(Settings):
         return value
 
     @model_validator(mode="after")
-    def _honours_what_it_says(self) -> Self:
-        for (section, key), possible in _NOT_YET.items():
-            value = getattr(getattr(self, section), key)
-            if value not in possible:
-                raise ValueError(f"{section}.{key} = {value!r} is not available in this release; use {possible[0]!r}")
+    def _weights_that_its_method_can_train(self) -> Self:
+        quantization, tuning = self.model.quantization, self.tuning
+        if quantization != "none" and not tuning.on_quantised:
+            raise ValueError(
+                f"tuning.kind = {tuning.kind!r} trains the backbone's own weights, and with "
+                f"model.quantization = {quantization!r} they are fixed; use 'lora', for instance, or 'none'"
+            )
+        if not tuning.corrects_rounding:
+            return self
+        if quantization == "none":
+            raise ValueError("tuning.initial = 'loftq' corrects what model.quantization takes away, and that is 'none'")
+        if self.delivery.kind == "emulator":
+            raise ValueError(
+                "tuning.initial = 'loftq' needs the backbone as it was, and with delivery.kind = 'emulator' what is "
+                "tuned is an emulator; use 'zero'"
+            )
+        if any(other.quantization not in (None, quantization) for other in tuning.alternatives):
+            raise ValueError(
+                f"tuning.initial = 'loftq' corrects model.quantization = {quantization!r} and no other: leave "
+                "quantization out of tuning.alternatives"
+            )
         return self
 
     @model_validator(mode="after")
@@ -137,7 +149,12 @@ class Plan(Settings):
 
     @model_validator(mode="after")
     def _steps_that_its_method_makes(self) -> Self:
-        training = self.training
+        training, possible = self.training, self.tuning.optimizers
+        if possible is not None and training.optimizer not in possible:
+            raise ValueError(
+                f"tuning.kind = {self.tuning.kind!r} has a step of its own, which training.optimizer = "
+                f"{training.optimizer!r} cannot make; use {' or '.join(map(repr, possible))}"
+            )
         if self.tuning.by_gradient:
             return self
         if training.optimizer != "sgd" or training.momentum or training.weight_decay or training.proximal_mu:
@@ -145,6 +162,51 @@ class Plan(Settings):
                 f'tuning.kind = {self.tuning.kind!r} makes plain steps of its own: use training.optimizer = "sgd", '
                 "without momentum, weight_decay and proximal_mu"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_that_its_rule_takes(self, info: ValidationInfo) -> Self:
+        name, private = self.aggregation.rule, self.privacy.kind == "client"
+        if private and self.ranks:
+            raise ValueError(
+                'privacy.kind = "client" adds noise for updates of one shape: leave other ranks out of '
+                "tuning.alternatives"
+            )
+        assert info.context is not None
+        rule = (info.context["rules"] or {}).get(name, Rule())
+        if private and rule.views:
+            raise ValueError(
+                f'privacy.kind = "client" adds noise to a sum, and aggregation.rule = {name!r} makes none; use "mean"'
+            )
+        if rule.factors and self.tuning.adapter_rank is None:
+            raise ValueError(
+                f"aggregation.rule = {name!r} combines LoRA's two factors, and this tuning.kind = {self.tuning.kind!r} "
+                "does not send both in every round; use 'lora' without freeze_a, alternate and local_b, or "
+                'rule = "mean"'
+            )
+        if self.ranks and rule.views and not rule.factors:
+            raise ValueError(
+                f"aggregation.rule = {name!r} holds updates against each other, so they must have one rank: leave "
+                "other ranks out of tuning.alternatives"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alternatives_that_keep_what_it_promises(self, info: ValidationInfo) -> Self:
+        """An alternative's own Plan must be one, too."""
+        assert info.context is not None
+        for number in range(len(self.tuning.alternatives)):
+            other = self.alternative(number, info.context["tuning_kinds"])
+            for check in (
+                other._weights_that_its_method_can_train,
+                other._keeps_what_is_its_owners,
+                other._steps_that_its_method_makes,
+                other._can_keep_its_privacy,
+            ):
+                try:
+                    check()  # type: ignore[operator]
+                except ValueError as error:
+                    raise ValueError(f"tuning.alternatives[{number}]: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -175,7 +237,8 @@ class Plan(Settings):
             if not self.tuning.by_example:
                 raise ValueError(
                     f'privacy.kind = "example" clips the gradient of each example, and not all that '
-                    f"{self.tuning.kind!r} trains has one; use 'lora' (without dora), 'fed-sb' or 'prefix-tuning'"
+                    f"{self.tuning.kind!r} trains has one; use 'lora' (without dora), 'lora-fa', 'fed-sb' or "
+                    "'prefix-tuning'"
                 )
             if self.model.task == "causal-lm" and not self.data.truncate:
                 raise ValueError(
@@ -213,6 +276,12 @@ class Plan(Settings):
         """How many clients must be there for a round to begin."""
         return max(self.cohort.minimum, SMALLEST_SUM if self.protection.kind == "secagg" else 1)
 
+    @property
+    def ranks(self) -> frozenset[int]:
+        """The ranks of updates that its alternatives allow besides its own."""
+        own = self.tuning.adapter_rank
+        return frozenset(one.rank for one in self.tuning.alternatives if one.rank not in (None, own))
+
     def alternative(self, number: int, kinds: TuningKinds) -> Plan:
         """What a client works by that takes this one of `tuning.alternatives`: the Plan with that put in."""
         wanted = self.tuning.alternatives[number].quantization
@@ -247,8 +316,22 @@ class Plan(Settings):
 TuningKinds: TypeAlias = Mapping[str, type[TuningSettings]]
 """Settings by `kind`, as `farfield.emulator.methods.registered()` gives them."""
 
-Rules: TypeAlias = Mapping[str, bool]
-"""Aggregation rules by name, and whether each must see every update for itself."""
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a Plan must know of an aggregation rule.
+
+    Attributes:
+        views: whether it must see every update for itself.
+        factors: whether it combines LoRA's two factors by what they are, and takes them at any rank.
+    """
+
+    views: bool = False
+    factors: bool = False
+
+
+Rules: TypeAlias = Mapping[str, Rule]
+"""Aggregation rules by name."""
 
 
 def parse(text: str, tuning_kinds: TuningKinds, rules: Rules | None, *, where: object = "Plan") -> Plan:
@@ -321,6 +404,26 @@ def _instead(tuning: TuningSettings, number: int, kinds: TuningKinds) -> TuningS
         raise ValueError(f"{where}: {kind!r} has no {lost[0]!r}, which this Plan sets")
     rank = {} if other.rank is None else {"rank": other.rank}
     return kinds[kind].model_validate({"kind": kind, **kept, **rank})
+
+
+def _check_alternative(tuning: TuningSettings, number: int, kinds: TuningKinds) -> None:
+    """Raises ValueError where updates of alternative `number` could not be taken together with the Plan's own."""
+    other, where = _instead(tuning, number, kinds), f"alternatives[{number}]"
+    if other.adapter_of != tuning.adapter_of:
+        raise ValueError(
+            f"{where}: {other.kind!r} does not train the same tensors as this {tuning.kind!r}, and updates of one "
+            "round are of the same ones"
+        )
+    rank = tuning.alternatives[number].rank
+    if rank is None:
+        return
+    if tuning.adapter_rank is None:
+        raise ValueError(
+            f"{where}: clients can differ in rank only where LoRA's two factors are both sent in every round, and this "
+            f"{tuning.kind!r} does not send them"
+        )
+    if rank > tuning.adapter_rank:
+        raise ValueError(f"{where}: rank = {rank} is more than what clients are sent, which has {tuning.adapter_rank}")
 
 
 def _default(tuning: TuningSettings, key: str) -> object:

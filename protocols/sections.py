@@ -28,6 +28,9 @@ class Model(Settings):
 
     `backbone` is `builtin:<name>` or the path of a local Hugging Face folder, relative to the Plan's own folder. With
     `owner_only` it never leaves its owner: clients get an emulator of it.
+
+    `quantization` is what whoever loads it holds the frozen matrices of its blocks in: as they are, in the 4 bits of
+    NF4 (Dettmers et al. 2023) or in 8. It is shipped whole, and every machine rounds it alike.
     """
 
     backbone: Annotated[str, Field(min_length=1)]
@@ -49,7 +52,7 @@ class Model(Settings):
 class Alternative(Settings):
     """Another way to tune, for clients that are short of memory; what is left out is as the Plan has it.
 
-    `kind` names a method that trains the same tensors, `rank` is another rank of them, and `quantization` the format
+    `kind` names a method that trains the same tensors, `rank` is a smaller rank of them, and `quantization` the format
     that the frozen weights of the backbone are in.
     """
 
@@ -82,6 +85,31 @@ class TuningSettings(Settings):
     def by_block(self) -> bool:
         """Whether it can be kept to some blocks of a model, and does not depend on how many others there are."""
         return True
+
+    @property
+    def optimizers(self) -> tuple[str, ...] | None:
+        """Those of `training.optimizer` that its steps can be made by; None is all."""
+        return None
+
+    @property
+    def on_quantised(self) -> bool:
+        """Whether it can be trained beside weights of 4 or 8 bits: not where these are themselves what it trains."""
+        return True
+
+    @property
+    def corrects_rounding(self) -> bool:
+        """Whether it begins with what quantising the backbone has taken away, instead of with nothing."""
+        return False
+
+    @property
+    def adapter_of(self) -> str:
+        """Which tensors it trains: methods that are alike in it train the same ones, at equal ranks."""
+        return self.kind
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """The rank of LoRA's two factors where both are trained in every round and shared; None elsewhere."""
+        return None
 
 
 class Data(Settings):

@@ -27,7 +27,7 @@ from farfield.coordinator import plans
 from farfield.edge_client import settings as edge_settings
 from farfield.emulator import methods
 from farfield.protocols.plan import Plan
-from farfield.protocols.sections import Settings
+from farfield.protocols.sections import Settings, TuningSettings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -100,7 +100,7 @@ def _worded(schema: Mapping[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
-        return "list of names"
+        return "list of tables" if "$ref" in schema["items"] else "list of names"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {_number(schema[name])}" for name, sign in signs.items() if name in schema]
     return f"{schema['type']} {', '.join(limits)}".rstrip()
@@ -134,7 +134,7 @@ def test_the_reference_lists_every_key_with_its_type_and_default() -> None:
         name: {
             key: (type_text(model, key), default_text(field))
             for key, field in model.model_fields.items()
-            if name in sections() or key != "kind"  # a method's `kind` is its name; [tuning] lists the key
+            if name in sections() or key not in TuningSettings.model_fields  # [tuning] lists what all methods have
         }
         for name, model in models.items()
     }

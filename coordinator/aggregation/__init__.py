@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .rule import SumRule, ViewRule, register, registered, views
+from .rule import Combined, SumRule, ViewRule, register, registered, traits, weight_of
 
-__all__ = ["SumRule", "ViewRule", "register", "registered", "views"]
+__all__ = ["Combined", "SumRule", "ViewRule", "register", "registered", "traits", "weight_of"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -28,6 +28,10 @@ class Full(TuningMethod):
     kind: Literal["full"] = "full"
 
     @property
+    def on_quantised(self) -> bool:
+        return False
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=True)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import model_validator
 
+from . import loftq
 from .method import Setting, register
 from .peft_method import Adapter, Alpha, Dropout, PeftMethod, Rank, Targets, names_for_peft, select, transposed
 from .sharing import Sharing
@@ -40,6 +42,9 @@ class Lora(PeftMethod):
             travels up; down goes all of it, since not every client was in the round before.
         local_b: FedSA-LoRA (Guo et al. 2025, section 3): A is averaged, and each client keeps a B of its own at home.
             Every client gets its own adapter; half as much travels.
+        initial: `zero`, or `loftq`: on a quantised backbone, s·B·A begins as the best of its rank for what quantising
+            has taken from W (LoftQ, Li et al. 2024, algorithm 1 with one step; `loftq.py`). Whoever begins the run
+            computes it, and the clients are sent it.
     """
 
     kind: Literal["lora"] = "lora"
@@ -52,6 +57,7 @@ class Lora(PeftMethod):
     freeze_a: bool = False
     alternate: bool = False
     local_b: bool = False
+    initial: Literal["zero", "loftq"] = "zero"
 
     @model_validator(mode="after")
     def _one_way_to_average(self) -> Self:
@@ -59,9 +65,30 @@ class Lora(PeftMethod):
             raise ValueError("'freeze_a', 'alternate' and 'local_b' are three ways to the same end; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _initial_values_that_are_sent(self) -> Self:
+        if self.initial == "loftq" and (self.freeze_a or self.alternate or self.local_b or self.dora):
+            raise ValueError(
+                'initial = "loftq" begins with an A and a B that belong together, so both must be sent in every '
+                "round: leave out 'freeze_a', 'alternate', 'local_b' and 'dora'"
+            )
+        return self
+
+    @property
+    def corrects_rounding(self) -> bool:
+        return self.initial == "loftq"
+
     @property
     def by_example(self) -> bool:
         return not self.dora
+
+    @property
+    def adapter_of(self) -> str:
+        return "lora, B alone" if self.freeze_a else "lora, with magnitudes" if self.dora else "lora"
+
+    @property
+    def adapter_rank(self) -> int | None:
+        return None if self.freeze_a or self.alternate or self.local_b else self.rank
 
     @property
     def sharing(self) -> Sharing:
@@ -77,11 +104,19 @@ class Lora(PeftMethod):
         linears = select(self.targets, architecture)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self._alpha(setting.of_rank),  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=names_for_peft(model, architecture, tuple(linear.path for linear in linears)),
             fan_in_fan_out=transposed(linears),
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
-        return Adapter(config, frozen=_A if self.freeze_a else None)
+        initial = loftq.correction(setting) if self.initial == "loftq" else None
+        return Adapter(config, frozen=_A if self.freeze_a else None, initial=initial)
+
+    def _alpha(self, of_rank: int | None) -> float:
+        """The α with which s is that of the whole adapter, of this rank, where only a part of it is trained here."""
+        if of_rank is None or of_rank == self.rank:
+            return self.alpha
+        share = self.rank / of_rank
+        return self.alpha * (math.sqrt(share) if self.rslora else share)

@@ -33,6 +33,9 @@ class Setting:
             budget is in epochs, so that every client makes as many as its data want.
         blocks: the numbers of the blocks, counted in this model, that may be tuned; None is all.
         named: what a module or parameter of the model is called in the backbone, which may have more blocks.
+        of_rank: the rank of the adapter that this one is a part of, so that both are scaled alike; None is its own.
+        original: reads the weight of a layer as the backbone's files have it, by its path in the model; None where the
+            model is not the backbone.
     """
 
     task: str
@@ -40,6 +43,8 @@ class Setting:
     steps: int | None
     blocks: tuple[int, ...] | None = None
     named: Callable[[str], str] = str
+    of_rank: int | None = None
+    original: Callable[[str], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class Tuned:
             is not the Plan's own.
         descent: makes what takes the steps, from the start, the Plan's section and a seed, where they do not go by
             gradients that autograd finds. The model is then in evaluation mode.
+        initial: sets the values that training begins with, where they are not there yet because finding them takes
+            time. Only whoever begins a run needs it: all others are sent them.
         settled: called after the trained parameters were set, where the model has more to do about it.
         head: the frozen output layer of a language model, where its logits are the hidden states times its weight and
             nothing else (`farfield.emulator.head`); whoever loads the model finds out.
@@ -69,6 +76,7 @@ class Tuned:
         default=None, kw_only=True
     )
     descent: Callable[[State, Training, int], Descent] | None = field(default=None, kw_only=True)
+    initial: Callable[[], None] | None = field(default=None, kw_only=True)
     settled: Callable[[], None] | None = field(default=None, kw_only=True)
     head: torch.nn.Module | None = field(default=None, kw_only=True)
 

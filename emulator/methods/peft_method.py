@@ -60,13 +60,15 @@ class Adapter:
     Attributes:
         config: what `peft` is to install.
         frozen: a pattern; adapter parameters whose name it is found in are not trained.
-        before_training, after_backward: become those of `Tuned`, with the model that `peft` made as first argument.
+        before_training, after_backward, initial: become those of `Tuned`, with the model that `peft` made as first
+            argument.
     """
 
     config: PeftConfig
     frozen: str | None = None
     before_training: Callable[[PeftModel], None] | None = None
     after_backward: Callable[[PeftModel, int], None] | None = None
+    initial: Callable[[PeftModel], None] | None = None
 
 
 class PeftMethod(TuningMethod):
@@ -111,11 +113,12 @@ class PeftMethod(TuningMethod):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(adapter.frozen is None or re.search(adapter.frozen, name) is None)
-        before, after = adapter.before_training, adapter.after_backward
+        before, after, initial = adapter.before_training, adapter.after_backward, adapter.initial
         return Tuned(
             tuned,
             before_training=None if before is None else lambda: before(tuned),
             after_backward=None if after is None else lambda step: after(tuned, step),
+            initial=None if initial is None else lambda: initial(tuned),
         )
 
     @final

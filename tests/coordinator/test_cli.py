@@ -323,10 +323,10 @@ MISTAKES: dict[str, tuple[Callable[[Place], object], tuple[str, ...], tuple[str,
     "misspelled section": (plan_with(trainin={"x": 1}), SIMULATE, ("plan.toml", "'trainin'", "'training'")),
     "misspelled tuning key": (plan_with(tuning={"rnk": 2}), SIMULATE, ("plan.toml", "tuning.rnk", "'rank'")),
     "wrong type": (plan_with(training={"rounds": "3"}), SIMULATE, ("plan.toml", "training.rounds = '3'", "integer")),
-    "not yet": (
-        plan_with(model={"quantization": "nf4"}),
+    "no such format": (
+        plan_with(model={"quantization": "fp4"}),
         SIMULATE,
-        ("plan.toml", "model.quantization", "not available"),
+        ("plan.toml", "model.quantization = 'fp4'", "'nf4'"),
     ),
     "no backbone": (
         plan_with(model={"backbone": "nowhere"}),

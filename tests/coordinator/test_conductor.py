@@ -10,7 +10,7 @@ import pytest
 from secure_clients import Clients, Work
 
 from farfield.coordinator import conductor, plans
-from farfield.coordinator.aggregation import ViewRule
+from farfield.coordinator.aggregation import Combined, ViewRule
 from farfield.coordinator.conductor import Carrier, Conductor, Journal, Round, Traffic, improvement
 from farfield.coordinator.rounds import sample_cohort, sample_evaluators
 from farfield.coordinator.runs import Checkpoint, RoundRecord
@@ -261,14 +261,20 @@ def test_rounds_are_those_of_the_run_and_its_plan() -> None:
     assert seen == {("run", plan.digest)}
 
 
-def test_a_rule_that_must_see_each_update_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_must_see_each_update_gets_them_in_the_order_of_their_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Median(ViewRule):
-        def combine(self, updates: Mapping[str, State], weights: Mapping[str, float]) -> State:
-            raise AssertionError
+        def combine(self, adapter: State, updates: Mapping[str, State], weights: Mapping[str, float]) -> Combined:
+            assert list(updates) == list(weights) == sorted(NODES)
+            assert set(weights.values()) == {2.0}
+            together = np.stack([update["a"] for update in updates.values()])
+            return Combined({"a": np.median(together, axis=0).astype(np.float32)}, lost=0.25)
 
     monkeypatch.setattr(conductor, "registered", lambda: {"mean": lambda settings: Median()})
-    with pytest.raises(PlanError, match="'mean' must see each update"):
-        Conductor(plan_of(), "run", Hall(), Shelf())
+    _, shelf = conduct(plan_of(rounds=2), Hall(present=tuple(reversed(NODES))))
+    np.testing.assert_array_equal(shelf.saved[-1].adapter["a"], 2.0)
+    assert [one.record.lost for one in shelf.saved] == [None, 0.25, 0.25]
 
 
 def added(task: Task, asked: Train | Evaluate) -> Part:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from farfield.coordinator import plans, rounds
+from farfield.coordinator import keeping, plans
 from farfield.coordinator.aggregation.mean import WeightedMean
 from farfield.coordinator.asking import Verdict
 from farfield.coordinator.rounds import (
@@ -278,7 +278,7 @@ def test_a_sum_in_blocks_is_bit_by_bit_the_sum_of_the_whole(
 ) -> None:
     nodes = [f"n{i}" for i in range(len(clients))]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "_BLOCK", BLOCK)
+        patched.setattr(keeping, "_BLOCK", BLOCK)
         round_ = opened(nodes=nodes, adapter={"a": np.zeros_like(array), "b": np.zeros(1, np.float32)})
         whole, weight = np.zeros_like(array), 0.0
         for task, (factor, examples) in zip(round_.tasks(), clients, strict=True):
@@ -293,9 +293,11 @@ def test_a_sum_in_blocks_is_bit_by_bit_the_sum_of_the_whole(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("position", [0, rounds._BLOCK - 1, rounds._BLOCK, 2 * rounds._BLOCK, 2 * rounds._BLOCK + 6])
+@pytest.mark.parametrize(
+    "position", [0, keeping._BLOCK - 1, keeping._BLOCK, 2 * keeping._BLOCK, 2 * keeping._BLOCK + 6]
+)
 def test_a_value_that_is_not_finite_is_found_in_any_block(position: int, bad: float, dtype: DType) -> None:
-    adapter = {"a": np.zeros((2 * rounds._BLOCK + 7, 1), np.float32)}
+    adapter = {"a": np.zeros((2 * keeping._BLOCK + 7, 1), np.float32)}
     round_ = opened(nodes=["ann", "bob"], adapter=adapter)
     ann, bob = round_.tasks()
     poisoned = adapter["a"].copy()

@@ -267,7 +267,7 @@ def test_a_coordinator_cannot_ask_for_what_stays_at_home(place: Place) -> None:
     planned(place, LOCAL)
     bench, fleet = at(place)
     name = fleet.names[0]
-    for sent in (bench.adapter() | bench.local(), bench.local()):
+    for sent in (bench.adapter() | bench.own(), bench.own()):
         task = Task("run", 1, name, bench.plan.digest, Train(pack_state(sent, "float32")), 3)
         worker = Worker(name, bench, lambda: fleet.data(name), kept=fleet.kept(name))
         with pytest.raises(MalformedMessage, match="not those that this Plan's tuning method trains here"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from secure_clients import TERMS, Clients
@@ -18,6 +19,7 @@ from tiny import plan_text, write_backbone, write_clients
 
 from farfield.coordinator.rounds import trained_shapes
 from farfield.coordinator.secure_rounds import SecureRound
+from farfield.edge_client.choice import Fit, Way
 from farfield.edge_client.consent import Consent
 from farfield.edge_client.data import Example
 from farfield.edge_client.participant import Participant
@@ -173,13 +175,49 @@ def test_a_whole_backbone_is_not_taken_for_an_emulator(folder: Path) -> None:
 
 def test_what_nobody_foresaw_does_not_end_the_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA out of memory at /secret/path")
+        raise RuntimeError("illegal memory access at /secret/path")
 
     ann = place.participant()
     monkeypatch.setattr("farfield.edge_client.worker.evaluate", crash)
     outcome = place.ask(ann)
     assert outcome == Failed("it failed unexpectedly (RuntimeError); its own log says more")
     assert "/secret/path" in place.said[-1]
+
+
+def test_work_that_fits_into_no_memory_is_refused_before_data_is_opened(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = Fit(Way(None, 1, 2, True, 1, True), 930_000_000, 1.0, False)
+    monkeypatch.setattr("farfield.edge_client.fitting.look_ahead", lambda *_, **__: (smallest,))
+    ann = place.participant(Consent(max_memory_bytes=400_000_000), data="nowhere.jsonl")
+    outcome = place.ask(ann)
+    assert isinstance(outcome, Refused) and ann.loads == 0
+    assert outcome.reason.startswith(
+        "consent.max_memory_bytes = 400,000,000: this work takes at least 1.0 GB of memory, and 400.0 MB are allowed"
+    )
+
+
+def test_a_client_works_in_the_way_that_fits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = place.plan.training
+    way = Way(None, 1, training.batch_size * training.gradient_accumulation, True, 1, False)
+    monkeypatch.setattr("farfield.edge_client.fitting.look_ahead", lambda *_, **__: (Fit(way, 1, 1.0, True),))
+    monkeypatch.setattr("farfield.edge_client.fitting.ample", lambda *_: 10**15)
+    cut = place.ask(place.participant(), Train(place.adapter))
+    assert any(said.startswith("fits into memory: ") for said in place.said)
+    monkeypatch.undo()
+    whole = place.ask(place.participant(), Train(place.adapter))
+    assert isinstance(cut, Trained) and isinstance(whole, Trained)
+    assert (cut.steps, cut.targets) == (whole.steps, whole.targets)
+    assert cut.loss == pytest.approx(whole.loss, rel=0.02)
+
+
+def test_a_limit_that_is_passed_in_the_middle_is_a_reply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        torch.ones(10**14)
+
+    monkeypatch.setattr("farfield.edge_client.worker.evaluate", greedy)
+    outcome = place.ask(place.participant())
+    assert isinstance(outcome, Failed) and outcome.reason.startswith("this work takes more memory than")
 
 
 def test_a_task_is_done_once(place: Place) -> None:

@@ -65,6 +65,12 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_backbone(tmp_path_factory.mktemp("other"), seed=2)
 
 
+def optimizer(kind: str) -> str:
+    """The line of the Plan that goes with the method."""
+    name = kind.partition(",")[0]
+    return "" if registered()[name](kind=name).by_gradient else 'optimizer = "sgd"'
+
+
 def bench_of(folder: Path, kind: str = "lora", *, seed: int = 0, dtype: str = "float32") -> Bench:
     text = f"""
         [model]
@@ -74,6 +80,7 @@ def bench_of(folder: Path, kind: str = "lora", *, seed: int = 0, dtype: str = "f
         rounds = 2
         steps = 10
         seed = {seed}
+        {optimizer(kind)}
         [tuning]
         kind = {KINDS[kind]}
     """
@@ -194,6 +201,7 @@ def plan_of(kind: str, *, ends: tuple[int, int] = (2, 2), delivery: str = "emula
         [training]
         rounds = 2
         steps = 10
+        {optimizer(kind)}
         [tuning]
         kind = {KINDS[kind]}
     """
@@ -239,7 +247,7 @@ def test_what_is_tuned_on_an_emulator_is_at_home_in_the_backbone(
     assert {name: array.shape for name, array in here.items()} == {name: array.shape for name, array in there.items()}
     assert all(np.array_equal(here[name], there[name]) for name in here), "drawn alike, although never sent"
     assert away.frozen == home.frozen
-    assert away.local().keys() == home.local().keys()
+    assert away.own().keys() == home.own().keys()
     # Only what lies outside the middle.
     numbers = {int(found[1]) for name in here if (found := re.search(r"model\.layers\.(\d+)\.", name))}
     assert numbers <= {0, 1, 10, 11}
@@ -281,10 +289,11 @@ def test_an_emulator_of_another_plan_is_refused(emulator_folder: Path, deep_fold
 
 
 def test_a_method_that_reaches_into_every_block_is_refused_by_the_plan() -> None:
-    assert set(KINDS) - set(BY_BLOCK) == {"prefix-tuning"}
-    for delivery in ("adapter", "emulator"):
-        with pytest.raises(PlanError, match="'prefix-tuning' reaches into every block"):
-            plan_of("prefix-tuning", delivery=delivery)
+    assert set(KINDS) - set(BY_BLOCK) == {"prefix-tuning", "lst"}
+    for kind in ("prefix-tuning", "lst"):
+        for delivery in ("adapter", "emulator"):
+            with pytest.raises(PlanError, match=f"'{kind}' reaches into every block"):
+                plan_of(kind, delivery=delivery)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -55,6 +55,6 @@ def test_stays_where_it_is_trained_or_its_logits_are_changed_afterwards() -> Non
         out.logits = 30 * torch.tanh(out.logits / 30)
         return out
 
-    bounded.forward = softly  # type: ignore[method-assign]
+    bounded.forward = softly
     assert plain_head(bounded) is None
     assert "forward" not in vars(head)

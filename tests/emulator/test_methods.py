@@ -16,8 +16,10 @@ import torch
 from families import FAMILIES, batch, build
 from pydantic import ValidationError
 
+from farfield.emulator.descent import descend
 from farfield.emulator.methods import Setting, Tuned, TuningMethod, registered
 from farfield.protocols.errors import TuningError
+from farfield.protocols.sections import Training, TuningSettings
 
 SEED = 5
 STEPS = 4
@@ -31,6 +33,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "prompt-tuning": {"tokens": 3},
     "p-tuning": {"tokens": 3},
     "prefix-tuning": {"tokens": 3},
+    "fedkseed": {"pool": 8},
+    "bottleneck": {"width": 4},
+    "lst": {"reduction": 4},
+    "lora-fa": {"rank": 4},
+    "meft": {"rank": 4},
+    "galore": {"rank": 4},
 }
 """Settings that suit a tiny model; a method that is not here is tested as it comes."""
 
@@ -41,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("lora", {"rank": 4, "dora": True}),
     "rslora": ("lora", {"rank": 4, "rslora": True}),
     "prefix-tuning-projected": ("prefix-tuning", {"tokens": 3, "projection": True}),
+    "parallel": ("bottleneck", {"width": 4, "placement": "parallel"}),
     "lokr-both": ("lokr", {"rank": 2, "decompose_both": True, "factor": 4}),
 }
 
@@ -71,28 +80,36 @@ REFUSED: dict[tuple[str, str], str] = (
 
 UNMERGEABLE: dict[tuple[str, str], str] = (
     # Nothing of these is in the model's own weights.
-    {(kind, family): "nothing to fold" for kind in VIRTUAL_TOKENS for family in FAMILIES}
+    {(kind, name): "nothing to fold" for kind in (*VIRTUAL_TOKENS, "bottleneck", "lst", "meft") for name in FAMILIES}
     # No bias anywhere, so none that a trained one could be added to.
     | {
-        ("bitfit", family): "no bias here"
+        (kind, family): "no bias here"
+        for kind in ("bitfit", "ssf")
         for family in ("llama", "mistral", "qwen3", "gemma", "falcon", "llama-classifier")
     }
+    | {("ssf", "qwen2"): "no bias here"}  # none but at queries, keys and values
 )
 """Each pair that trains but cannot be merged, with what the refusal says."""
 
-CONSTANT_START = {"ia3", "bitfit", "full"}
+CONSTANT_START = {"ia3", "bitfit", "full", "mezo", "ssf", "lst", "galore"}
 """Methods that draw nothing: scales start at one, biases at zero, the model's own weights as they are."""
 
-NOT_OF_PEFT = {"full"}
-"""Methods that add nothing to the model, so that `peft` has no format for them; they have tests of their own."""
+NOT_OF_PEFT = {"full", "fedkseed", "mezo", "bottleneck", "ssf", "lst", "galore", "meft"}
+"""Methods that `peft` does not have, and so no format for; they have tests of their own."""
+
+STANDING_FOR_WEIGHTS = {"fedkseed"}
+"""Methods whose trained parameters, in float32, say what becomes of weights that are not trained themselves."""
 
 SOME_FAMILIES = ("llama", "gpt2", "roberta", "vit")
-"""One of each kind that `peft` treats apart: shared keys, Conv1D, a head of two layers, no text. For the variants."""
+"""One of each kind that `peft` treats apart: shared keys, Conv1D, a head of two layers, no text."""
+
+ALIKE = {"fedkseed", "galore", "lora-fa"}
+"""Methods that meet a model by the same code as another, which is tested on every family; on some, as the variants."""
 
 PAIRS = [
     (name, family)
     for name, method in METHODS.items()
-    for family in (SOME_FAMILIES if name in VARIANTS else FAMILIES)
+    for family in (SOME_FAMILIES if name in VARIANTS or name in ALIKE else FAMILIES)
     if (method.kind, family) not in REFUSED
 ]
 
@@ -110,7 +127,14 @@ def install(name: str, family: str, *, seed: int = SEED, dtype: torch.dtype = to
 
 
 def train(tuned: Tuned, family: str, dtype: torch.dtype = torch.float32) -> None:
-    """`STEPS` steps of AdamW on the same batch, as the trainer makes them."""
+    """`STEPS` steps on the same batch as the trainer makes them: of AdamW, or the method's own."""
+    if tuned.descent is not None:
+        start = {name: value.detach().float().numpy().copy() for name, value in tuned.trainable().items()}
+        plain = Training(rounds=1, steps=STEPS, optimizer="sgd", learning_rate=1e-2)
+        descend(tuned, start, plain, lambda _: lambda _: _loss(tuned, family, dtype), seed=SEED, steps=STEPS)
+        if tuned.settled is not None:
+            tuned.settled()
+        return
     optimizer = torch.optim.AdamW(tuned.trainable().values(), lr=1e-2)
     for step in range(STEPS):
         tuned.model(**batch(family, dtype)).loss.backward()
@@ -118,6 +142,11 @@ def train(tuned: Tuned, family: str, dtype: torch.dtype = torch.float32) -> None
             tuned.after_backward(step)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _loss(tuned: Tuned, family: str, dtype: torch.dtype) -> float:
+    with torch.no_grad():
+        return float(tuned.model(**batch(family, dtype)).loss)
 
 
 def logits(model: torch.nn.Module, family: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -143,6 +172,9 @@ def test_training_changes_what_is_trainable_and_nothing_else(name: str, family: 
     assert trainable
     train(tuned, family)
     changed = {key for key, value in state(tuned.model).items() if not torch.equal(value, before[key])}
+    if METHODS[name].kind in STANDING_FOR_WEIGHTS:
+        assert trainable < changed
+        return
     assert changed == trainable
     if FAMILIES[family].task == "sequence-classification":
         head = "modules_to_save" if METHODS[name].kind not in NOT_OF_PEFT else FAMILIES[family].head[-1]
@@ -157,6 +189,8 @@ def test_the_trainable_state_is_all_that_a_fresh_installation_lacks(name: str, f
     with torch.no_grad():
         for key, parameter in fresh.trainable().items():
             parameter.copy_(tuned.trainable()[key])
+    if fresh.settled is not None:
+        fresh.settled()
     assert torch.equal(logits(fresh.model, family), logits(tuned.model, family))
 
 
@@ -210,12 +244,18 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(name: str, family: st
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_a_bfloat16_model_stays_bfloat16(name: str, family: str) -> None:
     tuned = install(name, family, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in tuned.model.parameters()} == {torch.bfloat16}
+    assert formats(tuned, name) == {torch.bfloat16}
     train(tuned, family, torch.bfloat16)
-    assert {parameter.dtype for parameter in tuned.model.parameters()} == {torch.bfloat16}
+    assert formats(tuned, name) == {torch.bfloat16}
     out = logits(tuned.model, family, torch.bfloat16)
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
+
+
+def formats(tuned: Tuned, name: str) -> set[torch.dtype]:
+    """The number formats of what the model computes with."""
+    stands = tuned.trainable() if METHODS[name].kind in STANDING_FOR_WEIGHTS else {}
+    return {value.dtype for key, value in tuned.model.named_parameters() if key not in stands}
 
 
 @pytest.mark.parametrize(("kind", "family"), REFUSED)
@@ -347,7 +387,7 @@ def test_every_method_promises_in_its_docstring() -> None:
     for kind, method in registered().items():
         assert method.__doc__, kind
         assert re.search(r"\(.*\d{4}.*\)", method.__doc__, re.S), f"{kind} names no source"
-        for name in set(method.model_fields) - {"kind"}:
+        for name in set(method.model_fields) - set(TuningSettings.model_fields):
             assert name in method.__doc__, f"{kind}.{name} is not described"
 
 

@@ -10,7 +10,7 @@ import torch
 from families import build
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_methods import METHODS, SEED, STEPS, method_of
+from test_methods import METHODS, SEED, STEPS, logits, method_of
 
 from farfield.emulator.methods import Setting, Sharing, TuningMethod, advice, registered
 from farfield.protocols.errors import TuningError
@@ -19,6 +19,7 @@ AVERAGED: dict[str, TuningMethod] = METHODS | {
     "ffa-dora": method_of("lora", rank=4, freeze_a=True, dora=True),
     "rolora-rslora": method_of("lora", rank=4, alternate=True, rslora=True),
     "ia3-all": method_of("ia3", targets="all-linear"),
+    "ssf-with-bias": method_of("ssf", shift="with-bias"),
 }
 
 State = Mapping[str, torch.Tensor]
@@ -26,12 +27,21 @@ State = Mapping[str, torch.Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning")
 
 
+NETWORKS = {"bottleneck", "lst", "meft"}
+"""Methods that add what a network makes of the stream, not a change of weights nor virtual tokens."""
+
+
 def added(method: TuningMethod, state: State, folder: Path) -> dict[str, torch.Tensor]:
-    """What the method makes of its parameters: the model's weights, or, where nothing is folded in, what it saves."""
+    """What the method makes of its parameters: the model's weights, or, where nothing is folded in, what it saves.
+
+    Of a network it is what comes out of it, for a text.
+    """
     tuned = method.install(build("llama"), Setting("causal-lm", SEED, STEPS))
     with torch.no_grad():
         for name, parameter in tuned.trainable().items():
             parameter.copy_(state[name])
+    if method.kind in NETWORKS:
+        return outputs(tuned.model)
     try:
         return {name: value.detach() for name, value in method.merge(tuned).state_dict().items()}
     except TuningError:
@@ -40,7 +50,17 @@ def added(method: TuningMethod, state: State, folder: Path) -> dict[str, torch.T
             for name, parameter in tuned.trainable().items():
                 parameter.copy_(state[name])
         method.save(tuned, folder)
-        return load_file(folder / "adapter_model.safetensors")
+        (saved,) = folder.glob("*.safetensors")
+        return load_file(saved)
+
+
+def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the first network that was added gives; what goes into it is the backbone's alone."""
+    found: dict[str, torch.Tensor] = {}
+    path = next(path for path, _ in model.named_modules() if path.endswith((".adapter", "ladder")))
+    model.get_submodule(path).register_forward_hook(lambda _, __, output: found.update(first=output.detach()))
+    logits(model.eval(), "llama")
+    return found
 
 
 def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -117,6 +137,6 @@ def test_advice_is_for_those_whose_mean_is_not_exact() -> None:
     for kind in ("freeze_a = true", "alternate = true", "'fed-sb'"):
         assert kind in text
     assert not said["fed-sb"]
-    assert {"lora", "adalora", "vera", "lokr", "p-tuning"} == {
+    assert {"lora", "adalora", "vera", "lokr", "p-tuning", "bottleneck", "lst", "meft"} == {
         kind for kind in registered() if advice(method_of(kind)) is not None
     }

@@ -108,7 +108,7 @@ def test_of_hidden_states_keeps_the_number_format_and_never_has_all_logits() -> 
     weight, labels = torch.randn(1000, 8).bfloat16(), torch.randint(1000, (40,))
     largest = 0
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))
@@ -116,7 +116,7 @@ def test_of_hidden_states_keeps_the_number_format_and_never_has_all_logits() -> 
                 largest = max(largest, result.numel())
             return result
 
-    with pytest.MonkeyPatch.context() as patch, Watch():
+    with pytest.MonkeyPatch.context() as patch, Watch():  # type: ignore[no-untyped-call]
         patch.setattr(cross_entropy, "CHUNK", 4000)
         loss = cross_entropy.summed_linear(hidden, weight, None, labels)
         loss.backward()  # type: ignore[no-untyped-call]
