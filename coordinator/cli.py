@@ -159,11 +159,12 @@ def export(
 
 @plan_app.command("check")
 def plan_check(plan: Annotated[Path, typer.Argument(help="The Plan, a TOML file.")]) -> None:
-    """Validate a Plan, print its digest and what it will do."""
+    """Validate a Plan, print its digest and what it will do, and whether its method fits its backbone."""
     from . import plans
     from .console import print_plan
 
-    print_plan(Console(), plans.load(plan))
+    loaded = plans.load(plan)
+    print_plan(Console(), loaded, plans.fits(loaded, plan))
 
 
 def main() -> None:

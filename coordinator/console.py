@@ -277,8 +277,8 @@ def _alternatives(plan: Plan) -> dict[str, str]:
     return {"instead": "; or ".join(listed), "ranks": f"{ranks}: {meaning}"}
 
 
-def print_plan(console: Console, plan: Plan) -> None:
-    """`coordinator plan check`: the digest, and what the Plan will do, in words."""
+def print_plan(console: Console, plan: Plan, fits: str) -> None:
+    """`coordinator plan check`: the digest, what the Plan will do, in words, and how its method fits its backbone."""
     training, cohort, rule = plan.training, plan.cohort, plan.aggregation
     budget = f"{training.steps} steps" if training.steps else f"{training.epochs} epochs"
     batch = f"{training.batch_size * training.gradient_accumulation}"
@@ -307,6 +307,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
         "protection": _protection(plan),
     } | {title: text for title, text in (_alternatives(plan) | _privacy(plan)).items() if text}
+    rows["fit"] = fits
     assert isinstance(plan.tuning, TuningMethod)
     advised = advice(plan.tuning)
     if advised and (plan.protection.kind == "secagg" or plan.privacy.kind != "none"):

@@ -147,7 +147,8 @@ class SlopeDescent:
 def refuse_packed(model: torch.nn.Module, linears: Iterable[Linear], kind: str) -> None:
     """Raises TuningError if the matrix of one of these layers is in 8 bits or fewer, into which no direction fits."""
     for linear in linears:
-        if any(one.dtype in (torch.uint8, torch.int8) for one in model.get_submodule(linear.path).buffers()):
+        layer = model.get_submodule(linear.path)
+        if any(one.dtype in (torch.uint8, torch.int8) for one in (*layer.parameters(), *layer.buffers())):
             hint = "Use 'mezo' with over = \"lora\"."
             raise TuningError(
                 f"{kind!r} moves the weights themselves, and these are packed", where=linear.path, hint=hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -69,17 +70,20 @@ class Lst(TuningMethod):
                 f"the stream is {architecture.hidden_size} wide, too narrow to be reduced {self.reduction} times",
                 where="tuning.reduction",
             )
-        pairs = _feedforward(model, architecture)
-        weights = torch.stack([entry.abs().sum(0) + exit_.abs().sum(1) for entry, exit_ in pairs]).sum(0)
-        positions = _heaviest(weights, narrow)
+        blocks = len(architecture.blocks)
+        # One block's matrices at a time: in float32 all of them are more than the model.
+        weights = torch.stack([entry.abs().sum(0) + exit_.abs().sum(1) for entry, exit_ in _pairs(model, architecture)])
+        positions = _heaviest(weights.sum(0), narrow)
         rungs = []
-        for block in range((len(pairs) - 1) % self.every, len(pairs), self.every):
-            entry, exit_ = pairs[block][0][:, positions], pairs[block][1][positions]
+        for block, pair in enumerate(_pairs(model, architecture)):
+            if (blocks - 1 - block) % self.every:
+                continue
+            entry, exit_ = pair[0][:, positions], pair[1][positions]
             inner = _heaviest(entry.abs().sum(1) + exit_.abs().sum(0), max(1, len(entry) // self.reduction))
             rungs.append(Rung(block, entry[inner], exit_[:, inner]))
         ladder = Ladder(architecture.hidden_size, positions, rungs)
         ladder.lean(architecture.blocks)
-        model.add_module("ladder", like(ladder, model, f"{architecture.blocks_path}.{len(pairs) - 1}"))
+        model.add_module("ladder", like(ladder, model, f"{architecture.blocks_path}.{blocks - 1}"))
         return Tuned(model)
 
     def merge(self, tuned: Tuned) -> PreTrainedModel:
@@ -90,8 +94,8 @@ class Lst(TuningMethod):
         write(self, tuned, folder)
 
 
-def _feedforward(model: PreTrainedModel, architecture: Architecture) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The two matrices of each block, [inner, hidden] and [hidden, inner], float32 on the CPU.
+def _pairs(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The two matrices of each block's feed-forward network, [inner, hidden] and [hidden, inner], float32 on the CPU.
 
     Raises:
         TuningError: a block has no feed-forward network.
@@ -101,16 +105,16 @@ def _feedforward(model: PreTrainedModel, architecture: Architecture) -> list[tup
     by_path = {linear.path: linear for linear in architecture.linears}
 
     def matrix(path: str) -> torch.Tensor:
-        weight = dequantize_module_weight(model.get_submodule(path)).detach().float().cpu()
+        weight = dequantize_module_weight(model.get_submodule(path)).detach().float()
+        if not weight.is_meta:  # as it is where only shapes are asked about
+            weight = weight.cpu()
         return weight.T if by_path[path].transposed else weight
 
-    pairs = []
     for one in architecture.sublayers():
         if one.part == "feedforward":
             exit_ = matrix(one.exit)
             # Of a gate that is fused with what it gates, the second half is what it gates.
-            pairs.append((matrix(one.entry)[-exit_.shape[1] :], exit_))
-    return pairs
+            yield matrix(one.entry)[-exit_.shape[1] :], exit_
 
 
 def _heaviest(weights: torch.Tensor, count: int) -> torch.Tensor:

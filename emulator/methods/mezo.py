@@ -83,9 +83,9 @@ class Mezo(TuningMethod):
         from farfield.emulator.zeroth_order import Directions, SlopeDescent, refuse_packed
 
         architecture = describe(model)
-        tuned = self._trained().install(model, setting)
         if self.over == "full":
-            refuse_packed(tuned.model, architecture.within(setting.blocks).linears, self.kind)
+            refuse_packed(model, architecture.within(setting.blocks).linears, self.kind)
+        tuned = self._trained().install(model, setting)
         inner: Any = tuned.model if self.over == "full" else cast("Any", tuned.model).get_base_model()
         modules = [*architecture.blocks, *(inner.get_submodule(path) for path in architecture.head)]
 
