@@ -112,6 +112,7 @@ def test_weights_and_states_are_counted_to_the_byte() -> None:
     assert seen.training <= seen.weights + 8 * 4 * seen.trained + 64 * 2**20
 
 
+@pytest.mark.slow
 def test_what_ought_to_save_memory_saves_it() -> None:
     at = {name: trace(one, BUILTIN) for name, one in {
         "whole": parsed("bitfit", batch_size=8),
@@ -197,6 +198,7 @@ def test_what_is_chosen_stays_below_the_limit_and_near_what_was_foretold(tight: 
     assert told["peak"] == pytest.approx(chosen.chosen.memory, rel=ERROR)
 
 
+@pytest.mark.slow
 def test_what_is_not_chosen_is_stopped_at_the_limit(tight: tuple[Plan, int, Any]) -> None:
     plan, most, _ = tight
     told = alone(plan, BUILTIN, None, most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -209,6 +210,17 @@ def test_what_cannot_be_done_is_an_answer(bench: Bench, start: State) -> None:
             reply = perform(bench, wrong, kind)
             assert isinstance(reply.outcome, Failed)
             assert "the adapter's tensors are not those" in reply.outcome.reason
+
+
+def test_a_training_that_runs_away_is_an_answer_and_no_update(folder: Path) -> None:
+    fast = text().replace(
+        "batch_size = 2", 'batch_size = 2\noptimizer = "sgd"\nlearning_rate = 1e38\nmax_grad_norm = 0.0', 1
+    )
+    bench = Bench(parsed(fast), folder)
+    reply = perform(bench, bench.adapter(), Train).outcome
+    assert isinstance(reply, Failed)
+    assert re.search(r"diverges|the loss is nan|no longer a number", reply.reason)
+    assert "Lower training.learning_rate, which is 1e+38." in reply.reason
 
 
 def test_an_outcome_alone_is_what_the_reply_holds_and_what_is_impossible_an_error(bench: Bench, start: State) -> None:
