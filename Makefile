@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy bench-offsite protos clean
+.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy bench-offsite bench-devices protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-secagg  secure aggregation beside Flower's SecAgg+"
 	@echo "make bench-privacy  a step of DP-SGD beside those of Opacus"
 	@echo "make bench-offsite  a client's step on an emulator beside LoRA and full fine-tuning; BENCH_ARGS are passed on"
+	@echo "make bench-devices  memory, learning and bits of every tuning method; adapters of other ranks; replay of scalars"
 	@echo "make format     reformat the code"
 	@echo "make protos     generate the code for protocols/*.proto"
 
@@ -80,6 +81,13 @@ bench-privacy: .venv/product
 
 bench-offsite: .venv/product
 	$(BIN)/python benchmarks/offsite_speed.py $(BENCH_ARGS)
+
+bench-devices: .venv/product
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py --predict
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py build/methods
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantised.py build/quantised
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed_ranks.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay.py
 
 protos: .venv/dev
 	mkdir -p build/protos

@@ -34,6 +34,9 @@ def rehearse(plan: Plan, folder: Path) -> None:
         parts = split(len(describe(model).blocks), plan.delivery.ends, folder)
         outer = Layout(parts, tuple(parts.middle)).outer
     steps = plan.training.rounds * plan.training.steps if plan.training.steps else None
-    plan.tuning.install(model.requires_grad_(False).eval(), Setting(plan.model.task, plan.training.seed, steps, outer))
+    setting = Setting(
+        plan.model.task, plan.training.seed, steps, outer, original=lambda path: model.get_submodule(path).weight
+    )
+    plan.tuning.install(model.requires_grad_(False).eval(), setting)
     if plan.training.checkpointing:
         checkpoint_blocks(model)

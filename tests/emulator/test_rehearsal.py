@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def plan_of(kind: str, task: str = "causal-lm", more: str = "", **tuning: Any) -> Plan:
+def plan_of(kind: str, task: str = "causal-lm", more: str = "", model: str = "", **tuning: Any) -> Plan:
     labels = "labels = 3" if task == "sequence-classification" else ""
     settings = "\n".join(f"{key} = {value}" for key, value in tuning.items())
     optimizer = "adamw" if registered()[kind].model_validate({"kind": kind}).by_gradient else "sgd"
@@ -39,6 +39,7 @@ def plan_of(kind: str, task: str = "causal-lm", more: str = "", **tuning: Any) -
         backbone = "somewhere"
         task = "{task}"
         {labels}
+        {model}
         [tuning]
         kind = "{kind}"
         {settings}
@@ -83,3 +84,7 @@ def test_ends_that_leave_nothing_between_them_are_found(folders: dict[str, Path]
 def test_a_rank_that_no_layer_can_hold_is_found(folders: dict[str, Path]) -> None:
     with pytest.raises(TuningError, match=re.escape("which cannot hold rank 64")):
         rehearse(plan_of("fed-sb", rank=64), folders["llama"])
+
+
+def test_a_start_that_needs_the_weights_needs_none_here(folders: dict[str, Path]) -> None:
+    rehearse(plan_of("lora", model='quantization = "nf4"', initial='"loftq"'), folders["llama"])
