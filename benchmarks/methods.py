@@ -86,8 +86,8 @@ class Row:
     bytes_up: float
 
     def gained(self, loss: float, lora: Row) -> float:
-        """The share of LoRA's improvement that getting to `loss` is."""
-        return (self.before - loss) / (lora.before - lora.after)
+        """The share of LoRA's improvement of the backbone that getting to `loss` is; a prompt that is new harms it."""
+        return (lora.before - loss) / (lora.before - lora.after)
 
     def cells(self, lora: Row) -> str:
         return (
@@ -193,7 +193,7 @@ def main(
         if not found:
             sys.exit(f"error: {write} has no {BEGIN} … {END}")
         write.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
-    idle = [row.kind for row in rows if row.after > row.before - 0.001]
+    idle = [row.kind for row in rows if row.after > min(row.before, lora.before) - 0.001]
     if idle:
         sys.exit(f"these learnt nothing: {', '.join(idle)}")
 
