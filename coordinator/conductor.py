@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
@@ -122,14 +122,16 @@ class Conductor:
         journal: Journal,
         accounts: Accounts | None = None,
         owner: Owner | None = None,
+        watch: Callable[[int, Aggregate], None] | None = None,
     ) -> None:
         """
         Args:
             accounts: where privacy is accounted for; needed where the Plan promises any.
             owner: who makes and judges emulators; needed where the Plan ships one.
+            watch: is told the aggregate of each round, which is all that a coordinator learns of its clients' updates.
         """
         self._plan, self._run, self._carrier, self._journal = plan, run, carrier, journal
-        self._accounts, self._owner = accounts, owner
+        self._accounts, self._owner, self._watch = accounts, owner, watch
         self._rule = registered()[plan.aggregation.rule](plan.aggregation)
         self._secure = plan.protection.kind == "secagg"
         self._first = True
@@ -177,6 +179,8 @@ class Conductor:
         aggregate = self._train(number, last, present, traffic)
         adapter, moments, following = last.adapter, last.moments, last.bounds
         if aggregate is not None:
+            if self._watch is not None:
+                self._watch(number, aggregate)
             adapter, moments = step(plan.aggregation, adapter, aggregate.update, moments)
             following = bounds.following(plan, last.bounds, aggregate)
         score = None

@@ -13,7 +13,7 @@ import os
 import random
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +33,7 @@ from farfield.protocols.tensors import State
 
 from .accounts import accounts
 from .conductor import Conductor, Owner, Round, Traffic
+from .releasing import Aggregate
 from .runs import Checkpoint, RoundRecord, RunFolder
 
 if TYPE_CHECKING:
@@ -105,6 +106,26 @@ def sources(clients: int | None, data: Path | None) -> list[Source]:
             f"{clients} clients, but data for {len(found)}", where=data, hint="Lower --clients, or add data."
         )
     return found[:clients]
+
+
+class Clients(Protocol):
+    """Those who take part in a simulation, by name."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def frozen(self) -> str:
+        """As in a charter."""
+        ...
+
+    def bench(self, name: str) -> Bench:
+        """Where the client works."""
+        ...
+
+    def client(self, name: str, sessions: Sessions | None = None) -> Participant:
+        """The client, with the secure aggregations that it takes part in, where the Plan has any."""
+        ...
 
 
 class Fleet:
@@ -262,7 +283,7 @@ class SimulatedParticipant:
     """
 
     name: str
-    fleet: Fleet
+    fleet: Clients
     identity: Identity
     coordinator: Ed25519PublicKey
     sealed: bool
@@ -307,12 +328,17 @@ class Simulation:
         self,
         plan: Plan,
         folder: RunFolder,
-        fleet: Fleet,
+        fleet: Clients,
         faults: Faults,
         observer: Observer,
         owner: Owner | None = None,
+        watch: Callable[[int, Aggregate], None] | None = None,
     ) -> None:
-        self._owner = owner
+        """
+        Args:
+            owner, watch: as a `Conductor` has them.
+        """
+        self._owner, self._watch = owner, watch
         self._plan, self._fleet, self._faults, self._observer = plan, fleet, faults, observer
         self._run = folder.info.run
         self._journal = FolderJournal(folder, observer)
@@ -336,7 +362,8 @@ class Simulation:
         Args:
             initial: the adapter before the first round, used when there is no checkpoint yet.
         """
-        return Conductor(self._plan, self._run, self, self._journal, self._accounts, self._owner).go(initial)
+        conductor = Conductor(self._plan, self._run, self, self._journal, self._accounts, self._owner, self._watch)
+        return conductor.go(initial)
 
     def now(self) -> float:
         return 0.0

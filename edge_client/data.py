@@ -68,9 +68,18 @@ class ClientData:
 
 
 def prepare(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: Data, task: str, seed: int, where: object
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    task: str,
+    seed: int,
+    where: object,
+    planted: Sequence[Record] = (),
 ) -> ClientData:
     """Tokenise, split and arrange a client's records; takes them one by one, so that their text is never all in memory.
+
+    Args:
+        planted: records that an audit puts among those that are trained on, in places that depend on `seed`.
 
     Raises:
         DataError: a record that does not fit the task or the tokenizer (`where` and its number, from 1), or nothing
@@ -78,6 +87,9 @@ def prepare(
         BackboneError: the tokenizer has no end-of-text token.
     """
     train, held_out = split(_encoded(records, tokenizer, data, task, where), data.held_out, seed)
+    generator = random.Random(derive(seed, "planted"))
+    for example in _encoded(planted, tokenizer, data, task, "planted"):
+        train.insert(generator.randrange(len(train) + 1), example)
     prepared = ClientData(arrange(train, data), arrange(held_out, data))
     if not prepared.train:
         what = "no usable example" if train else "no records"

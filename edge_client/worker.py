@@ -59,13 +59,13 @@ class Worker:
             case Secure():
                 if self.secure is None:
                     raise PlanError("a step of a secure aggregation, which this Plan does not have")
-                return self.secure(task, task.work, self._part)
+                return self.secure(task, task.work, self.part)
             case _ if plan.protection.kind == "secagg":
                 raise PlanError(
                     "the task wants this client's answer by itself, and the Plan promises secure aggregation"
                 )
             case Train():
-                part = self._trained(task, task.work)
+                part = self.trained(task, task.work)
                 update = pack_state(part.update, plan.delivery.dtype)
                 loss = part.loss / part.targets if part.targets else 0.0
                 return Trained(update, part.examples, part.targets, part.steps, loss, part.clipped)
@@ -76,16 +76,18 @@ class Worker:
                 loss = part.loss / part.targets if part.targets else 0.0
                 return Evaluated(part.examples, part.targets, loss, part.correct)
 
-    def _part(self, task: Task, work: Train | Evaluate) -> tuple[Part, Shapes]:
+    def part(self, task: Task, work: Train | Evaluate) -> tuple[Part, Shapes]:
+        """The client's part of a sum, and the shapes of what it trained. Raises as `outcome` does."""
         if isinstance(work, Evaluate) and not self.bench.plan.measures:
             raise PlanError("the task wants a held-out loss, which this Plan's privacy does not allow")
         if isinstance(work, Evaluate):
             return self._measured(task, work), {}
-        part = self._trained(task, work)
+        part = self.trained(task, work)
         whole = replace(part, update=self.bench.whole(part.update))  # masked values all have one length
         return whole, {name: change.shape for name, change in whole.update.items()}
 
-    def _trained(self, task: Task, work: Train) -> Part:
+    def trained(self, task: Task, work: Train) -> Part:
+        """What training for the task comes to, before anything hides it. Raises as `outcome` does."""
         plan, bench = self.bench.plan, self.bench
         if task.round < 1 or not takes_part(plan, self.node, task.round):
             raise PlanError(f"round {task.round} is not this client's turn, by the Plan's privacy.participations")

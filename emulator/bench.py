@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,21 @@ class Bench:
         self._local = {name: parameter for name, parameter in trained.items() if at_home(name)}
         self._untrained = _values(self._local)
         self._initial = self.tuned.initial
+
+    def under(self, plan: Plan) -> Bench:
+        """This bench at work under another Plan with the same model and tuning; they share what is loaded.
+
+        Raises:
+            TuningError: the Plan wants another model, method or way to train it.
+        """
+        for part in ("model", "tuning", "delivery", "emulator"):
+            if getattr(plan, part) != getattr(self.plan, part):
+                raise TuningError(f"a bench of another [{part}] than the Plan's")
+        if plan.training.checkpointing != self.plan.training.checkpointing or self.local is not self.plan:
+            raise TuningError("a bench that is worked at in another way than the Plan's")
+        other = copy(self)
+        other.plan = other.local = plan
+        return other
 
     @property
     def pad_id(self) -> int:

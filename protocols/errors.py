@@ -7,6 +7,7 @@
     ├── EmulatorError        an emulator that cannot be made, or does not fit its Plan or its backbone
     ├── DataError            a client's data
     ├── RunError             a run folder: missing, of another Plan, or on a full disk
+    ├── AuditError           an audit that cannot be made or gone on with, or a report that does not hold
     ├── HomeError            the folder of a coordinator or an edge client, or the settings in it
     ├── DeviceError          the memory of this machine, which is too small for what is asked
     ├── StorageError         the coordinator's database, or a name that it does not know
@@ -73,6 +74,10 @@ class DataError(FarfieldError):
 
 class RunError(FarfieldError):
     """A run folder is missing, belongs to another Plan, or lies on a full disk."""
+
+
+class AuditError(FarfieldError):
+    """An audit that cannot be made or gone on with, or a report that cannot be read or does not hold."""
 
 
 class HomeError(FarfieldError):
