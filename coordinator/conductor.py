@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from farfield.protocols.envelope import Charter
@@ -20,8 +21,8 @@ from farfield.protocols.summing import Shapes, Subject
 from farfield.protocols.tensors import State, digest, pack_state, unpack_state
 from farfield.protocols.turns import takes_part
 
-from . import bounds
-from .aggregation import SumRule, registered
+from . import bounds, grouping
+from .aggregation import GroupRule, ViewRule, registered
 from .releasing import Aggregate, release
 from .rounds import (
     EvaluationRound,
@@ -153,7 +154,7 @@ class Conductor:
 
     def _begin(self, initial: State) -> Checkpoint:
         began, traffic = time.monotonic(), Traffic()
-        present = self._carrier.gather(self._plan.smallest_cohort)
+        present = self._carrier.gather(self._plan.smallest_round)
         score = self._evaluate(0, initial, present, traffic)
         emulator_loss, plug_in_loss = self._plugged(0, initial)
         record = RoundRecord(
@@ -175,7 +176,7 @@ class Conductor:
         plan, began, traffic = self._plan, time.monotonic(), Traffic()
         if self._owner is not None:
             self._owner.ready(number, last.adapter)
-        present = self._carrier.gather(plan.smallest_cohort)
+        present = self._carrier.gather(plan.smallest_round)
         aggregate = self._train(number, last, present, traffic)
         adapter, moments, following = last.adapter, last.moments, last.bounds
         if aggregate is not None:
@@ -214,8 +215,8 @@ class Conductor:
     def _train(self, number: int, last: Checkpoint, present: Sequence[str], traffic: Traffic) -> Aggregate | None:
         plan = self._plan
         eligible = [node for node in present if takes_part(plan, node, number)]
-        if len(eligible) < plan.smallest_cohort:
-            traffic.note({_ALL: f"it is the turn of {len(eligible)} clients, and it takes {plan.smallest_cohort}"})
+        if len(eligible) < plan.smallest_round:
+            traffic.note({_ALL: f"it is the turn of {len(eligible)} clients, and it takes {plan.smallest_round}"})
             return None
         if plan.privacy.kind != "none":
             assert self._accounts is not None
@@ -224,18 +225,50 @@ class Conductor:
         wanted = cohort_size(plan, len(eligible)) if plan.cohort.over_selection else None
         norm = last.bounds.clipping_norm
         if not self._secure:
+            assert not isinstance(self._rule, GroupRule), "the Plan refuses groups without secure aggregation"
             now = self._carrier.now()
             training = TrainingRound(plan, self._run, number, last.adapter, cohort, self._rule, now, wanted, norm)
             self._carrier.carry(training, "training", traffic)
             return training.result()
-        assert isinstance(self._rule, SumRule), "the Plan refuses secure aggregation with a rule that is none"
+        assert not isinstance(self._rule, ViewRule), "the Plan refuses secure aggregation with a rule that must see"
         work = Train(pack_state(last.adapter, plan.delivery.dtype), norm)
         shapes = trained_shapes(plan, last.adapter, number)
         ranges = tuple(last.bounds.ranges[name] for name in sorted(shapes))
-        secure = self._add_up(number, work, shapes, ranges, cohort, wanted, traffic)
+        add_up = partial(self._add_up, number, work, shapes, ranges)
+        if isinstance(self._rule, GroupRule):
+            groups = grouping.split(plan, number, cohort)
+            return self._middle(self._rule, groups, wanted, add_up, traffic)
+        secure = add_up(cohort, wanted, traffic)
         if secure is None or secure.sum is None:
             return None
         return release(plan, self._rule, secure.sum, secure.clients, norm)
+
+    def _middle(
+        self,
+        rule: GroupRule,
+        groups: Sequence[Sequence[str]],
+        wanted: int | None,
+        add_up: partial[SecureRound | None],
+        traffic: Traffic,
+    ) -> Aggregate | None:
+        """Have each group add up by itself, one after another, and combine their means; None when too few are left."""
+        sums: list[grouping.GroupSum] = []
+        first = self._first
+        for place, group in enumerate(groups):
+            self._first = first  # none of the group's clients was in the groups before it
+            name = f"group {place + 1}"
+            share = None if wanted is None else len(range(place, wanted, len(groups)))
+            secure = add_up(group, share, traffic, name)
+            if secure is None or secure.sum is None:
+                continue
+            if secure.sum.weight:
+                sums.append(grouping.GroupSum(secure.sum, secure.clients))
+            else:
+                traffic.note({name: "its clients say that they have no example"})
+        if len(sums) < (least := grouping.fewest(len(groups))):
+            traffic.note({_ALL: f"{len(sums)} of {len(groups)} groups were added up, and it takes {least}"})
+            return None
+        return grouping.combined(rule, sums)
 
     def _evaluate(self, number: int, adapter: State, present: Sequence[str], traffic: Traffic) -> Score | None:
         plan = self._plan
@@ -259,15 +292,16 @@ class Conductor:
         nodes: Sequence[str],
         wanted: int | None,
         traffic: Traffic,
+        name: str = _ALL,
     ) -> SecureRound | None:
         """Have `nodes` do the work and add up what it comes to, so that nobody sees anything but the sum.
 
-        None when they are too few to begin.
+        None when they are too few to begin. A problem that is nobody's own is told under `name`.
         """
         plan, charter = self._plan, self._carrier.charter
         identities = self._carrier.identities(nodes)
         if len(identities) < plan.smallest_cohort:
-            traffic.note({_ALL: f"{len(identities)} clients could be asked, and it takes {plan.smallest_cohort}"})
+            traffic.note({name: f"{len(identities)} clients could be asked, and it takes {plan.smallest_cohort}"})
             return None
         subject = Subject(
             plan=bytes.fromhex(plan.digest),
@@ -287,7 +321,7 @@ class Conductor:
             self._carrier.carry(one, activity, traffic)
         traffic.note(secure.problems)
         if secure.failure:
-            traffic.note({_ALL: secure.failure})
+            traffic.note({name: secure.failure})
         return secure
 
 

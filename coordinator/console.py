@@ -13,14 +13,15 @@ from rich.table import Table
 from farfield.emulator.methods import TuningMethod, advice
 from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism, promised
+from farfield.protocols.terminal import bar, decimals, plain, size
 
 from .aggregation import traits
 from .conductor import improvement
 from .emulator_console import BuildLines
+from .grouping import fewest
 from .results import Result
 from .runs import RoundRecord, RunInfo
 from .storage import Run
-from .terminal import bar, decimals, plain, size
 
 if TYPE_CHECKING:
     from farfield.emulator.distill import Check
@@ -260,6 +261,23 @@ def _privacy(plan: Plan) -> dict[str, str]:
     }
 
 
+def _rule(plan: Plan) -> str:
+    """The rule, with the keys that the Plan gives it and no other rule has."""
+    keys = sorted(traits()[plan.aggregation.rule].asks.keys - {"groups"})
+    told = {key: getattr(plan.aggregation, key) for key in keys}
+    given = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+    return plan.aggregation.rule + (f" ({given})" if given else "")
+
+
+def _groups(plan: Plan) -> dict[str, str]:
+    """What it takes to add up in groups, by title; nothing where there are none."""
+    groups, least = plan.aggregation.groups, plan.smallest_cohort
+    if groups is None:
+        return {}
+    each = f"{groups}, each with a sum of its own over {least} clients or more"
+    return {"groups": f"{each}: a round takes {groups * least} clients, and counts when {fewest(groups)} groups do"}
+
+
 def _alternatives(plan: Plan) -> dict[str, str]:
     """What clients may do instead, and what that means for the aggregation, by title."""
     listed = [
@@ -295,10 +313,10 @@ def print_plan(console: Console, plan: Plan, fits: str) -> None:
     rows = {
         "backbone": f"{plan.model.backbone}, {plan.model.task}, {plan.model.dtype}",
         "tuning": f"{plan.tuning.kind} ({tuning})",
-        "rounds": f"{training.rounds}, each with {asked}, at least {plan.smallest_cohort}",
+        "rounds": f"{training.rounds}, each with {asked}, at least {plan.smallest_round}",
         "a client's work": f"{budget} of {batch} examples of at most {plan.data.max_length} tokens, "
         f"{training.optimizer} at {training.learning_rate:g} ({training.schedule}){proximal}",
-        "aggregation": f"{rule.rule}, weighted by {rule.weighting}{optimizer}",
+        "aggregation": f"{_rule(plan)}, weighted by {rule.weighting}{optimizer}",
         "evaluation": f"every {plan.evaluation.every} round(s), on {plan.data.held_out:.0%} of the examples of up to "
         f"{plan.evaluation.clients} clients"
         if plan.measures
@@ -306,7 +324,7 @@ def print_plan(console: Console, plan: Plan, fits: str) -> None:
         "delivery": _delivery(plan),
         "on the wire": f"adapter tensors in {plan.delivery.dtype}",
         "protection": _protection(plan),
-    } | {title: text for title, text in (_alternatives(plan) | _privacy(plan)).items() if text}
+    } | {title: text for title, text in (_groups(plan) | _alternatives(plan) | _privacy(plan)).items() if text}
     rows["fit"] = fits
     assert isinstance(plan.tuning, TuningMethod)
     advised = advice(plan.tuning)

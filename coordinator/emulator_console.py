@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import bar, decimals, plain, size, titled
+from farfield.protocols.terminal import bar, decimals, plain, size, titled
 
 if TYPE_CHECKING:
     from farfield.emulator.build import Report

@@ -47,7 +47,7 @@ def cohort_size(plan: Plan, present: int) -> int:
     if plan.cohort.size is not None:
         return min(plan.cohort.size, present)
     if plan.cohort.fraction is not None:
-        return min(present, max(plan.smallest_cohort, round(plan.cohort.fraction * present)))
+        return min(present, max(plan.smallest_round, round(plan.cohort.fraction * present)))
     return present
 
 

@@ -85,18 +85,7 @@ def simulate(request: Request, progress: Progress) -> Result:
             hint="Leave --engine flower out.",
         )
     clients = sources(info.clients if info else request.clients, _data(request, info))
-    if plan.cohort.minimum > len(clients):
-        raise PlanError(
-            f"cohort.minimum = {plan.cohort.minimum}, but there are {len(clients)} clients: no round could ever count",
-            where=request.plan,
-        )
-    if plan.smallest_cohort > len(clients):
-        raise PlanError(
-            f'protection.kind = "secagg" takes {plan.smallest_cohort} clients, and there are {len(clients)}: '
-            "a sum of fewer hides nobody",
-            where=request.plan,
-            hint='Use more clients, or protection.kind = "sealed".',
-        )
+    check_enough(plan, len(clients), request.plan)
     model_folder = backbone.resolve(plan.model.backbone, request.plan.absolute().parent)
     backbone.check(model_folder)
     fingerprint = backbone.fingerprint(model_folder)
@@ -163,6 +152,29 @@ def simulate(request: Request, progress: Progress) -> Result:
             steps = sum(record.steps for record in folder.records())
             yardstick = centralised(plan, bench, fleet, initial, steps, _counted(progress, steps))
         return conclude(folder, last, len(clients), time.monotonic() - began, yardstick, offsite)
+
+
+def check_enough(plan: Plan, clients: int, where: Path) -> None:
+    """Raises PlanError where so few clients could do no round of the Plan, which is that of the file `where`."""
+    if plan.cohort.minimum > clients:
+        raise PlanError(
+            f"cohort.minimum = {plan.cohort.minimum}, but there are {clients} clients: no round could ever count",
+            where=where,
+        )
+    if plan.aggregation.groups is not None and plan.smallest_round > clients:
+        raise PlanError(
+            f"{plan.aggregation.groups} groups of at least {plan.smallest_cohort} clients take {plan.smallest_round}, "
+            f"and there are {clients}",
+            where=where,
+            hint="Use more clients, or lower aggregation.groups.",
+        )
+    if plan.smallest_cohort > clients:
+        raise PlanError(
+            f'protection.kind = "secagg" takes {plan.smallest_cohort} clients, and there are {clients}: '
+            "a sum of fewer hides nobody",
+            where=where,
+            hint='Use more clients, or protection.kind = "sealed".',
+        )
 
 
 @dataclass(frozen=True, slots=True)

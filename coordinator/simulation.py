@@ -39,6 +39,7 @@ from .runs import Checkpoint, RoundRecord, RunFolder
 if TYPE_CHECKING:
     from farfield.edge_client.data import ClientData
     from farfield.edge_client.local_state import LocalState
+    from farfield.edge_client.records import Record
     from farfield.edge_client.secure import Sessions, Work
     from farfield.emulator.bench import Bench
 
@@ -204,7 +205,11 @@ class Fleet:
             self.data(name)
             observer.on_preparing(done, len(self.names))
 
-    def _read(self, name: str) -> ClientData:
+    def planted(self, name: str, records: Sequence[Record]) -> ClientData:
+        """The client's examples with records among them that it does not have; for audits."""
+        return self._read(name, records)
+
+    def _read(self, name: str, planted: Sequence[Record] = ()) -> ClientData:
         from farfield.edge_client import data, records
 
         source, plan = self._sources[name], self._plan
@@ -219,7 +224,7 @@ class Fleet:
             read = records.read(source.path, plan.data, plan.model.task, plan.model.labels)
         seed = derive(plan.training.seed, "held-out", name)
         where = source.path or f"client {name}"
-        return data.prepare(read, self._bench.tokenizer, plan.data, plan.model.task, seed, where)
+        return data.prepare(read, self._bench.tokenizer, plan.data, plan.model.task, seed, where, planted)
 
 
 def kept_by(folder: RunFolder, client: str | None, number: int) -> State:

@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 
 from farfield.protocols.errors import DeviceError, FarfieldError, HomeError
+from farfield.protocols.terminal import size
 
 from .home import Home, enrolled, forget
 from .lock import held
-from .readable import days_left, size
+from .readable import days_left
 from .resident_state import State
 from .settings import SETTINGS
 

@@ -15,12 +15,13 @@ from typing import Any, Final
 from rich.console import Console
 
 from farfield.protocols.errors import DataError, EnrolmentError, FarfieldError, HomeError, ServiceError, did_you_mean
+from farfield.protocols.terminal import size
 
 from .consent import PROGRAM_BYTES, Consent
 from .device import available_memory
 from .home import Home
 from .keys import KEYS
-from .readable import days_left, size
+from .readable import days_left
 from .settings import toml
 from .sources import records
 

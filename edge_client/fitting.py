@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 from farfield.protocols import errors
 from farfield.protocols.errors import DeviceError, FarfieldError
 from farfield.protocols.plan import Plan
+from farfield.protocols.terminal import size
 
 from .consent import PROGRAM_BYTES
-from .readable import size
 
 if TYPE_CHECKING:
     from .choice import Fit

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from farfield.protocols.errors import DeviceError
+from farfield.protocols.terminal import size
 
 from .device import resident, writable
-from .readable import size
 
 _FAILED = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 """How torch says that there was none left."""

@@ -10,11 +10,12 @@ from rich.table import Table
 from farfield.emulator import backbone, methods
 from farfield.protocols import plan as plans
 from farfield.protocols.errors import FarfieldError
+from farfield.protocols.terminal import size
 
 from . import device, fitting
 from .consent import Consent
 from .home import Home
-from .readable import parse_size, size
+from .readable import parse_size
 
 
 def show(path: Path, memory: str | None, home: Path, console: Console) -> None:

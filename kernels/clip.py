@@ -20,23 +20,11 @@ much again without the example.
 """
 
 
-def reference(layers: Sequence[tuple[torch.Tensor, torch.Tensor]], limit: float) -> list[torch.Tensor]:
-    """What `clipped_sums` of each layer's `of_linear` is, example by example, in float64.
-
-    Args:
-        layers: of each linear layer its inputs [examples, ..., in], and the gradients of its outputs
-            [examples, ..., out].
-    """
-    sums = [torch.zeros(g.shape[-1], a.shape[-1], dtype=torch.float64, device=a.device) for a, g in layers]
-    for example in range(len(layers[0][0])):
-        gradients = [
-            torch.einsum("...o,...i->oi", outputs[example].double(), inputs[example].double())
-            for inputs, outputs in layers
-        ]
-        norm = torch.sqrt(sum((gradient.square().sum() for gradient in gradients), torch.zeros(()).double()))
-        for total, gradient in zip(sums, gradients, strict=True):
-            total += gradient * min(1.0, limit / max(float(norm), torch.finfo(torch.float64).tiny))
-    return sums
+def reference_of_linear(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """As `of_linear`, example by example, in float64 and left there."""
+    return torch.stack(
+        [torch.einsum("...o,...i->oi", g, a) for a, g in zip(inputs.double(), outputs.double(), strict=True)]
+    )
 
 
 def of_linear(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -79,6 +67,16 @@ def of_embedding(indices: torch.Tensor, outputs: torch.Tensor, rows: int) -> tor
     found = torch.zeros(examples, rows, width, dtype=torch.float32, device=outputs.device)
     places = indices.reshape(examples, -1, 1).expand(-1, -1, width)
     return found.scatter_add_(1, places, outputs.reshape(examples, -1, width).float())
+
+
+def reference_clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.Tensor]:
+    """As `clipped_sums`, example by example, in float64; all gradients are finite."""
+    sums = [torch.zeros(one.shape[1:], dtype=torch.float64, device=one.device) for one in gradients]
+    for example in zip(*(one.double() for one in gradients), strict=True):
+        norm = torch.sqrt(sum((one.square().sum() for one in example), torch.zeros(()).double()))
+        for total, one in zip(sums, example, strict=True):
+            total += one * min(1.0, limit / max(float(norm), torch.finfo(torch.float64).tiny))
+    return sums
 
 
 def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.Tensor]:

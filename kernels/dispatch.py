@@ -1,8 +1,9 @@
 """Which version of a kernel runs: the plain reference or the fast one, by the caller's word and nothing else.
 
-A module of this folder that has both `reference_X` and `X` has the kernel `module.X`; nothing is listed by hand. A fast
-version that a device does not have is an error: the other one never steps in for it. Code that always wants the fast
-version imports it; tests and benchmarks, which want both, and whoever leaves the choice to a user come here.
+A module of this folder that has both `reference_X` and `X` has the kernel `module.X`; nothing is listed by hand. Both
+take the same arguments. A fast version that a device does not have is an error: the other one never steps in for it.
+Code that always wants the fast version imports it; tests and benchmarks, which want both, and whoever leaves the choice
+to a user come here.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 64
 
+CHUNK: Final = 1 << 21
+"""How many values are unpacked at a time to be multiplied, at most: 4 MB in bfloat16."""
+
 LEVELS: Final = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -53,6 +56,18 @@ def reference_dequantize(
     return values.view(rows, columns).to(dtype)
 
 
+def reference_linear(
+    inputs: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """As `linear`, with the whole matrix, which autograd keeps."""
+    return torch.nn.functional.linear(inputs, reference_dequantize(packed, scales, rows, columns, inputs.dtype), bias)
+
+
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The indices, two in a byte, uint8[ceil(n / 2)], and the scales, bfloat16[ceil(n / 64)], of the n values."""
     from bitsandbytes import functional
@@ -84,6 +99,10 @@ def linear(
     """`inputs` [..., columns] times the transposed matrix [rows, columns], in the dtype of the inputs.
 
     The gradient goes to the inputs only. Nothing but the 4 bits is kept for it: the matrix is made again in backward.
+
+    On a CPU a few rows of the matrix are made, used and given up at a time. All of a large one would be memory that the
+    system hands out anew in each call, which takes longer than what is to be done with it. Backward makes all of it:
+    there the parts would be sums, each rounded.
     """
     product = cast("torch.Tensor", _Linear.apply(inputs, packed, scales, rows, columns))  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias
@@ -96,7 +115,19 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.shape = rows, columns
-        return inputs @ dequantize(packed, scales, rows, columns, inputs.dtype).T
+        # So many rows always begin with a block, and with a byte.
+        together = max(BLOCK, CHUNK // columns // BLOCK * BLOCK)
+        if inputs.device.type != "cpu" or together >= rows:
+            return inputs @ dequantize(packed, scales, rows, columns, inputs.dtype).T
+        flat = inputs.reshape(-1, columns)
+        product = flat.new_empty(len(flat), rows)
+        for begin in range(0, rows, together):
+            end = min(begin + together, rows)
+            indices = packed[begin * columns // 2 : -(-end * columns // 2)]
+            their_scales = scales[begin * columns // BLOCK : -(-end * columns // BLOCK)]
+            part = dequantize(indices, their_scales, end - begin, columns, inputs.dtype)
+            torch.mm(flat, part.T, out=product[:, begin:end])
+        return product.view(*inputs.shape[:-1], rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:

@@ -50,10 +50,12 @@ class Mixture:
     Attributes:
         groups: those that hold any of them, in rising order.
         tables: float32 [groups, 256], what each byte of a group comes to. Each is summed in float64 and rounded once.
+        scales: sⱼ by j, as the mixture was made of them.
     """
 
     groups: tuple[int, ...]
     tables: torch.Tensor
+    scales: Mapping[int, float]
 
 
 def mixture(scales: Mapping[int, float]) -> Mixture:
@@ -64,7 +66,7 @@ def mixture(scales: Mapping[int, float]) -> Mixture:
     for bit in range(_TOGETHER):
         column = np.array([scales.get(_TOGETHER * group + bit, 0.0) for group in groups], dtype=np.float64)
         tables += column[:, None] * (2.0 * (bits >> bit & 1) - 1.0)
-    return Mixture(tuple(groups), torch.from_numpy(tables.astype(np.float32)))
+    return Mixture(tuple(groups), torch.from_numpy(tables.astype(np.float32)), scales)
 
 
 def reference_signs(key: Key, number: int, count: int) -> torch.Tensor:
@@ -73,12 +75,18 @@ def reference_signs(key: Key, number: int, count: int) -> torch.Tensor:
     return (stream >> number % _TOGETHER & 1).to(torch.int8) * 2 - 1
 
 
-def reference_add(tensor: torch.Tensor, key: Key, scales: Mapping[int, float]) -> torch.Tensor:
-    """`tensor` plus the mixture, in float64."""
-    total = tensor.double().reshape(-1)
-    for number, scale in scales.items():
-        total = total + scale * reference_signs(key, number, total.numel())
-    return total.view(tensor.shape)
+@torch.no_grad()
+def reference_add_(tensor: torch.Tensor, key: Key, mixed: Mixture, *, rounding: int | None = None) -> None:
+    """As `add_`, direction by direction in float64 and all at once; float64 tensors are taken too, and not rounded."""
+    exact = tensor.double().reshape(-1)
+    for number, scale in mixed.scales.items():
+        exact = exact + scale * reference_signs(key, number, exact.numel()).to(exact.device)
+    if tensor.dtype == torch.bfloat16:
+        exact = exact.float()
+        if rounding is not None:
+            noise = _reference_bytes(key, 0, 2 * exact.numel(), rounding, _ROUNDING, exact.device)
+            exact = reference_stochastically_rounded(exact, noise)
+    tensor.copy_(exact.view(tensor.shape))
 
 
 @torch.no_grad()

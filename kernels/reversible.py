@@ -33,14 +33,30 @@ BITS: Final = (1, 2, 4, 8)
 """What may be shifted out of a value, so that a byte holds it without waste."""
 
 
-def reference(hidden: torch.Tensor, blocks: Sequence[tuple[Function, Function | None]], bits: int) -> torch.Tensor:
-    """As a `Pass` through all blocks and its `end`, in floating point and with autograd as it comes."""
+Block: TypeAlias = tuple[Function, Function | None, Sequence[torch.Tensor]]
+"""A block, its adapter, and all that is trained in the adapter."""
+
+
+def reference_stack(hidden: torch.Tensor, blocks: Sequence[Block], bits: int) -> torch.Tensor:
+    """As `stack`, in floating point and with autograd as it comes."""
     scale = 2.0**-bits
     side = main = hidden
-    for f, g in blocks:
+    for f, g, _ in blocks:
         new = scale * (side - main) + f(main)
         side, main = (main if g is None else main + g(new)), new
     return main
+
+
+def stack(hidden: torch.Tensor, blocks: Sequence[Block], bits: int) -> torch.Tensor:
+    """What the blocks make of `hidden`, float[...], one after the other: a `Pass` through all of them and its `end`.
+
+    Raises:
+        ValueError: on the way back, where a block has computed something else the second time.
+    """
+    run = Pass(hidden, bits, ValueError("a reversible block has not computed the same when it was called again"))
+    for f, g, parameters in blocks:
+        run.through(f, g, parameters)
+    return run.end()
 
 
 @dataclass(frozen=True, slots=True)

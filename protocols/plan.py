@@ -13,15 +13,16 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 
+from . import rules as asked
 from .complaints import complaint
 from .errors import PlanError, did_you_mean
+from .rules import Rule, Rules
 from .sections import (
     SMALLEST_SUM,
     Aggregation,
@@ -165,6 +166,29 @@ class Plan(Settings):
         return self
 
     @model_validator(mode="after")
+    def _all_that_its_rule_asks_for(self, info: ValidationInfo) -> Self:
+        assert info.context is not None
+        rules: Rules | None = info.context["rules"]
+        if rules is None:
+            return self
+        asked.check(self.aggregation, self.cohort, rules)
+        name = self.aggregation.rule
+        if not rules.get(name, Rule()).groups:
+            return self
+        if self.protection.kind != "secagg":
+            raise ValueError(
+                f"aggregation.rule = {name!r} works on sums that hide their parts, and with protection.kind = "
+                f'"{self.protection.kind}" there are none: use "secagg", or a rule that sees each update, such as '
+                '"median"'
+            )
+        if self.privacy.kind == "client":
+            raise ValueError(
+                f'privacy.kind = "client" adds noise to one sum of the whole cohort, and aggregation.rule = {name!r} '
+                'makes one of each group; use "mean"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updates_that_its_rule_takes(self, info: ValidationInfo) -> Self:
         name, private = self.aggregation.rule, self.privacy.kind == "client"
         if private and self.ranks:
@@ -184,7 +208,7 @@ class Plan(Settings):
                 "does not send both in every round; use 'lora' without freeze_a, alternate and local_b, or "
                 'rule = "mean"'
             )
-        if self.ranks and rule.views and not rule.factors:
+        if self.ranks and (rule.views or rule.groups) and not rule.factors:
             raise ValueError(
                 f"aggregation.rule = {name!r} holds updates against each other, so they must have one rank: leave "
                 "other ranks out of tuning.alternatives"
@@ -273,8 +297,13 @@ class Plan(Settings):
 
     @property
     def smallest_cohort(self) -> int:
-        """How many clients must be there for a round to begin."""
+        """How many clients are asked together at least: in a round, or in each of its groups where it has some."""
         return max(self.cohort.minimum, SMALLEST_SUM if self.protection.kind == "secagg" else 1)
+
+    @property
+    def smallest_round(self) -> int:
+        """How many clients must be there for a round to begin."""
+        return self.smallest_cohort * (self.aggregation.groups or 1)
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -315,23 +344,6 @@ class Plan(Settings):
 
 TuningKinds: TypeAlias = Mapping[str, type[TuningSettings]]
 """Settings by `kind`, as `farfield.emulator.methods.registered()` gives them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a Plan must know of an aggregation rule.
-
-    Attributes:
-        views: whether it must see every update for itself.
-        factors: whether it combines LoRA's two factors by what they are, and takes them at any rank.
-    """
-
-    views: bool = False
-    factors: bool = False
-
-
-Rules: TypeAlias = Mapping[str, Rule]
-"""Aggregation rules by name."""
 
 
 def parse(text: str, tuning_kinds: TuningKinds, rules: Rules | None, *, where: object = "Plan") -> Plan:

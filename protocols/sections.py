@@ -218,15 +218,30 @@ class Aggregation(Settings):
     """How updates become the next adapter: a weighted mean, then a server optimiser (FedOpt, Reddi et al. 2021).
 
     `learning_rate` is η, `beta1`/`beta2` are β₁/β₂ and `tau` is τ of Algorithm 2.
+
+    The other keys belong to rules that withstand hostile clients. `malicious` is f, how many of them there may be in a
+    round, and `kept` is m, how many updates Krum chooses. An update is clipped to the L2 norm `norm_bound`, or to
+    `norm_multiple` times the median of the round's norms. `groups` is in how many sums a cohort is added up.
     """
 
     rule: str = "mean"
     weighting: Literal["examples", "uniform"] = "examples"
+    malicious: PositiveInt | None = None
+    kept: PositiveInt | None = None
+    norm_bound: PositiveFloat | None = None
+    norm_multiple: PositiveFloat | None = None
+    groups: Annotated[int, Field(ge=3)] | None = None
     server_optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
     learning_rate: PositiveFloat = 1.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: PositiveFloat = 1e-3
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if self.norm_bound is not None and self.norm_multiple is not None:
+            raise ValueError("give the bound on an update's norm as 'norm_bound' or as 'norm_multiple', not both")
+        return self
 
 
 class Evaluation(Settings):

@@ -89,6 +89,7 @@ class FedSb(TuningMethod):
         a.data = rows.T.contiguous().to(a)
         basis = _linear(columns.to(b))
         core = _linear(b.new_zeros(self.rank, self.rank)).requires_grad_(True)
+        layer.lora_variant.clear()  # which takes B to be a single matrix
         layer.lora_B["default"] = torch.nn.Sequential(OrderedDict(core=core, basis=basis))
 
 

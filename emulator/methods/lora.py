@@ -101,6 +101,8 @@ class Lora(PeftMethod):
     def adapter(self, model: PreTrainedModel, architecture: Architecture, setting: Setting) -> Adapter:
         from peft import LoraConfig
 
+        from farfield.emulator import frozen_factor
+
         linears = select(self.targets, architecture)
         config = LoraConfig(
             r=self.rank,
@@ -112,7 +114,8 @@ class Lora(PeftMethod):
             use_dora=self.dora,
         )
         initial = loftq.correction(setting) if self.initial == "loftq" else None
-        return Adapter(config, frozen=_A if self.freeze_a else None, initial=initial)
+        installed = frozen_factor.use if self.freeze_a and not self.dora else None
+        return Adapter(config, frozen=_A if self.freeze_a else None, installed=installed, initial=initial)
 
     def _alpha(self, of_rank: int | None) -> float:
         """The α with which s is that of the whole adapter, of this rank, where only a part of it is trained here."""

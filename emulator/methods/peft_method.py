@@ -60,12 +60,14 @@ class Adapter:
     Attributes:
         config: what `peft` is to install.
         frozen: a pattern; adapter parameters whose name it is found in are not trained.
+        installed: is handed the model that `peft` has made, before anybody computes with it.
         before_training, after_backward, initial: become those of `Tuned`, with the model that `peft` made as first
             argument.
     """
 
     config: PeftConfig
     frozen: str | None = None
+    installed: Callable[[PeftModel], None] | None = None
     before_training: Callable[[PeftModel], None] | None = None
     after_backward: Callable[[PeftModel, int], None] | None = None
     initial: Callable[[PeftModel], None] | None = None
@@ -113,6 +115,8 @@ class PeftMethod(TuningMethod):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(adapter.frozen is None or re.search(adapter.frozen, name) is None)
+        if adapter.installed is not None:
+            adapter.installed(tuned)
         before, after, initial = adapter.before_training, adapter.after_backward, adapter.initial
         return Tuned(
             tuned,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtri
 
@@ -44,13 +44,13 @@ def auc(members: ArrayLike, non_members: ArrayLike, confidence: float = 0.95) ->
     return Estimate(area, max(0.0, low), min(1.0, high), confidence)
 
 
-def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _share_below(values: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
     """float64, for each value: the share of `others` that are below it, ties as half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
 
 
-def _variance_of_mean(values: np.ndarray) -> float:
+def _variance_of_mean(values: NDArray[np.float64]) -> float:
     return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
 
 
@@ -62,10 +62,6 @@ def _newcombe(area: float, m: int, n: int, width: float) -> float:
         spread = 1 + size * (1 - theta) / (2 - theta) + size * theta / (1 + theta)
         return area - theta - width * math.sqrt(theta * (1 - theta) * spread / (m * n))
 
-    # θ = 0 has no variance and is always a root or above one; the limit is the largest root below the area.
     if area == 0:
         return 0.0
-    start = area / 2
-    while excess(start) < 0 and start > 1e-12:
-        start /= 2
-    return float(brentq(excess, start, area)) if excess(start) > 0 else 0.0
+    return float(brentq(excess, 0, area * (1 - 1e-12)))  # at an area of 1, θ = 1 is a root that says nothing

@@ -34,11 +34,11 @@ class Roc:
 
     @property
     def tpr(self) -> NDArray[np.float64]:
-        return self.true_positives / self.true_positives[-1]
+        return np.asarray(self.true_positives / self.true_positives[-1])
 
     @property
     def fpr(self) -> NDArray[np.float64]:
-        return self.false_positives / self.false_positives[-1]
+        return np.asarray(self.false_positives / self.false_positives[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Gaussian differential privacy (Dong, Roth and Su 2022, arXiv 1905.02383): μ, and the ε that it comes to at a δ.
 
-A mechanism is μ-GDP when telling its neighbours apart is at least as hard as telling N(0, 1) from N(μ, 1) by one draw
-(def. 2.1). The Gaussian mechanism with noise multiplier z is so with μ = 1 / z, and no smaller.
+A mechanism is μ-GDP when telling its neighbours apart is at least as hard as telling N(0, 1) from N(μ, 1) by one draw.
+The Gaussian mechanism with noise multiplier z is so with μ = 1 / z, and no smaller.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtri
+from scipy.special import log_ndtr
 
 
 def epsilon(mu: float, delta: float) -> float:
@@ -25,17 +25,6 @@ def epsilon(mu: float, delta: float) -> float:
         return 0.0
     high = mu * mu / 2 + mu * math.sqrt(2 * -goal)  # the tail bound δ ≤ exp(−(ε/μ − μ/2)²/2)
     return float(brentq(lambda some: _log_delta(mu, some) - goal, 0, high, xtol=1e-12))
-
-
-def mu_of(epsilon_claimed: float, delta: float) -> float:
-    """The largest μ for which every μ-GDP mechanism is (`epsilon_claimed`, δ)-DP: `epsilon` the other way round."""
-    if not (0 <= epsilon_claimed < math.inf and 0 < delta < 1):
-        raise ValueError(f"there is no μ for ε = {epsilon_claimed} at δ = {delta}")
-    high = 1.0
-    while epsilon(high, delta) < epsilon_claimed:
-        high *= 2
-    low = 2 * float(ndtri((1 + delta) / 2))  # up to here ε is 0
-    return float(brentq(lambda mu: epsilon(mu, delta) - epsilon_claimed, low, max(low, high), xtol=1e-12))
 
 
 def _log_delta(mu: float, some: float) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import betaincinv
 
 
@@ -66,6 +68,12 @@ def lower_limit(successes: int, trials: int, error: float) -> float:
 def upper_limit(successes: int, trials: int, error: float) -> float:
     """The p for which so few successes, or fewer, have probability `error`; 1 if all are."""
     return 1 - lower_limit(trials - successes, trials, error)
+
+
+def upper_limits(successes: NDArray[np.int64], trials: int, error: float) -> NDArray[np.float64]:
+    """`upper_limit` for each of many counts."""
+    failures = trials - successes
+    return np.where(failures == 0, 1.0, 1 - betaincinv(np.maximum(failures, 1), successes + 1, error))
 
 
 def confident(confidence: float) -> float:

@@ -231,8 +231,9 @@ def test_methods_that_train_the_same_can_stand_in_for_each_other() -> None:
 def test_a_rule_that_compares_updates_wants_one_rank() -> None:
     from farfield.emulator import methods
     from farfield.protocols import plan as plan_module
+    from farfield.protocols.rules import Rule
 
-    rules = {"median": plan_module.Rule(views=True)}
+    rules = {"median": Rule(views=True)}
     text = BASE + 'kind = "lora"\nalternatives = [{rank = 4}]\n[aggregation]\nrule = "median"\n'
     with pytest.raises(PlanError, match="holds updates against each other, so they must have one rank"):
         plan_module.parse(text, methods.registered(), rules)

@@ -417,7 +417,7 @@ def test_who_falls_out_of_a_secure_round_is_not_in_its_sum(place: Place) -> None
 
 
 @pytest.mark.parametrize("kind", ["sealed", "secagg"])
-@pytest.mark.parametrize("what", ["_trained", "_measured"])
+@pytest.mark.parametrize("what", ["trained", "_measured"])
 def test_a_client_that_diverges_is_a_problem_of_its_own(
     place: Place, kind: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,7 +431,7 @@ def test_a_client_that_diverges_is_a_problem_of_its_own(
     monkeypatch.setattr(Worker, what, sick)
     place.plan(protection={"kind": kind})
     result = go(place, data=write_clients(place.path / "four", 4))
-    assert [record.clients for record in result.rounds] == [0, *[3 if what == "_trained" else 4] * 3]
+    assert [record.clients for record in result.rounds] == [0, *[3 if what == "trained" else 4] * 3]
     assert all(list(record.problems) == ["client-001.jsonl"] for record in result.rounds[1:])
     assert all(record.eval_loss is not None for record in result.rounds)
 
@@ -564,7 +564,7 @@ def test_privacy_is_written_down_in_the_run_folder(place: Place) -> None:
 
 def test_a_crash_after_a_round_was_paid_for_leaves_it_spent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.plan(aggregation={"weighting": "uniform"}, privacy={"kind": "client", "noise_multiplier": 1.0})
-    trained = Worker._trained
+    trained = Worker.trained
 
     class Crash(Exception):
         pass
@@ -575,7 +575,7 @@ def test_a_crash_after_a_round_was_paid_for_leaves_it_spent(place: Place, monkey
         return trained(self, task, work)
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
-        patched.setattr(Worker, "_trained", crash)
+        patched.setattr(Worker, "trained", crash)
         go(place)
     go(place, resume=place.run().name, data=None)
     assert [entry.round for entry in Ledger(place.run() / LEDGER).entries] == [1, 2, 2, 3]

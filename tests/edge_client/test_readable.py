@@ -2,7 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
-from farfield.edge_client.readable import days_left, size
+from farfield.edge_client.readable import days_left
+from farfield.protocols.terminal import size
 
 
 def test_sizes() -> None:

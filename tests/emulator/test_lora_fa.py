@@ -8,8 +8,10 @@ import pytest
 import torch
 from families import batch, build, deep
 from peft.optimizers.lorafa import LoraFAOptimizer
+from peft.tuners.lora import LoraLayer
 from test_methods import method_of
 
+from farfield.emulator.frozen_factor import FrozenFactor
 from farfield.emulator.methods import Setting, Tuned
 from farfield.protocols.sections import Training
 
@@ -175,3 +177,31 @@ def test_it_trains_the_tensors_of_lora_with_a_frozen_and_adds_up_exactly() -> No
     assert ours.trainable().keys() == theirs.trainable().keys()
     for name in ours.trainable():
         assert torch.equal(factor(ours, name), factor(theirs, name))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_layers_that_add_in_place_compute_and_learn_what_pefts_own_do(family: str, dropout: float) -> None:
+    tuned = installed(family, dropout=dropout)
+    generator = torch.Generator().manual_seed(6)
+    for one in tuned.trainable().values():
+        one.data = 0.1 * torch.randn(one.shape, generator=generator)
+    layers = [module for module in tuned.model.modules() if isinstance(module, LoraLayer)]
+    assert layers
+    assert all(isinstance(layer.lora_variant["default"], FrozenFactor) for layer in layers)
+
+    def results() -> list[torch.Tensor]:
+        tuned.model.train()
+        tuned.model.zero_grad()
+        torch.manual_seed(7)
+        loss = tuned.model(**batch(family)).loss
+        loss.backward()
+        gradients = [one.grad.clone() for one in tuned.trainable().values() if one.grad is not None]
+        assert len(gradients) == len(tuned.trainable())
+        return [loss.detach(), *gradients]
+
+    ours = results()
+    for layer in layers:
+        layer.lora_variant.clear()
+    for one, other in zip(ours, results(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farfield.emulator import offline as offline  # before bitsandbytes asks the hub for kernels
@@ -110,3 +110,39 @@ def test_no_kernel_is_compiled_for_a_shape() -> None:
     before = torch._dynamo.utils.counters["stats"]["calls_captured"]
     nf4.dequantize(*nf4.quantize(torch.randn(6, 11)), 6, 11, torch.float32)
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] == before
+
+
+@given(st.integers(1, 300), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_rows_that_are_multiplied_a_few_at_a_time_are_those_of_the_whole_matrix(
+    rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Each value is one inner product, wherever its row stands: the sums may only be made in another order, of up to
+    70 terms, each within half a unit in the last place.
+    """
+    packed, scales = nf4.quantize(drawn(rows, columns, seed))
+    inputs = torch.randn(3, 2, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4, "CHUNK", 128 * columns)
+        parts = nf4.linear(inputs, packed, scales, None, rows, columns)
+    whole = nf4.reference_linear(inputs, packed, scales, None, rows, columns)
+    assert (parts.shape, parts.dtype) == ((3, 2, rows), dtype)
+    weight = nf4.reference_dequantize(packed, scales, rows, columns, torch.float64)
+    size = inputs.double().abs() @ weight.abs().T
+    assert ((parts.double() - whole.double()).abs() <= (70 * 2**-24 + torch.finfo(dtype).eps) * size).all()
+
+
+def test_no_more_than_a_few_rows_of_a_large_matrix_are_there_at_a_time() -> None:
+    packed, scales = nf4.quantize(torch.randn(1024, 64))
+    made: list[int] = []
+    dequantize = nf4.dequantize
+
+    def seen(packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(rows)
+        return dequantize(packed, scales, rows, columns, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4, "CHUNK", 64 * 300)
+        patch.setattr(nf4, "dequantize", seen)
+        nf4.linear(torch.randn(2, 64), packed, scales, None, 1024, 64)
+    assert made == [256, 256, 256, 256]

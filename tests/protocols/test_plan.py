@@ -15,6 +15,7 @@ from farfield.emulator import methods
 from farfield.protocols import plan as plan_module
 from farfield.protocols.errors import PlanError
 from farfield.protocols.plan import Plan
+from farfield.protocols.rules import Rule
 
 MINIMAL = """
 [model]
@@ -191,7 +192,7 @@ def test_what_is_said_and_what_follows_have_one_digest() -> None:
     assert len(digests) == 3
 
 
-RULES = {"mean": plan_module.Rule(), "median": plan_module.Rule(views=True)}
+RULES = {"mean": Rule(), "median": Rule(views=True)}
 
 
 def with_rules(extra: str) -> Plan:
