@@ -5,17 +5,19 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow check format bench bench-federation bench-secagg bench-privacy bench-offsite bench-devices protos clean
+.PHONY: help demo test test-slow test-browser check format bench bench-federation bench-secagg bench-privacy bench-audit bench-offsite bench-devices protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-browser  the tests that look at a page in Chromium, which has to be installed"
 	@echo "make check      formatting, lint, types, import boundaries"
 	@echo "make bench      the benchmark on SST-2; BENCH_ARGS are passed on"
 	@echo "make bench-federation  round latency, download of bundles, memory of aggregation"
 	@echo "make bench-secagg  secure aggregation beside Flower's SecAgg+"
 	@echo "make bench-privacy  a step of DP-SGD beside those of Opacus"
+	@echo "make bench-audit  the statistics of audits beside those of jax-privacy and scikit-learn"
 	@echo "make bench-offsite  a client's step on an emulator beside LoRA and full fine-tuning; BENCH_ARGS are passed on"
 	@echo "make bench-devices  memory, learning and bits of every tuning method; adapters of other ranks; replay of scalars"
 	@echo "make format     reformat the code"
@@ -40,6 +42,14 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
+.venv/bench-audit: .venv/product
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench-audit]'
+	@touch $@
+
+.venv/browser: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	@touch $@
+
 .venv/ray: .venv/product
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	@touch $@
@@ -52,6 +62,9 @@ test: .venv/dev
 
 test-slow: .venv/dev .venv/ray
 	$(BIN)/pytest -m slow --durations=5
+
+test-browser: .venv/browser
+	$(BIN)/pytest -m browser
 
 check: .venv/dev
 	$(BIN)/ruff format --check
@@ -78,6 +91,9 @@ bench-secagg: .venv/product
 
 bench-privacy: .venv/product
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dp_sgd.py
+
+bench-audit: .venv/bench-audit
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/audit_statistics.py
 
 bench-offsite: .venv/product
 	$(BIN)/python benchmarks/offsite_speed.py $(BENCH_ARGS)

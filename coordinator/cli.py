@@ -13,7 +13,7 @@ from rich.console import Console
 
 from farfield.protocols.errors import FarfieldError, RunError
 
-from . import administration, emulators, ledger, operation, roster
+from . import administration, audit, emulators, ledger, operation, roster
 
 app = typer.Typer(
     help="Farfield's coordinator: federated fine-tuning of models on data that may not move.",
@@ -25,6 +25,7 @@ plan_app = typer.Typer(help="Work with Plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(roster.app, name="roster")
 app.add_typer(emulators.app, name="emulator")
+app.add_typer(audit.app, name="audit")
 app.add_typer(operation.app)
 app.add_typer(administration.app)
 app.add_typer(ledger.app)

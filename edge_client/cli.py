@@ -184,6 +184,41 @@ def doctor(
     raise typer.Exit(1 if examine(_place(home), _console()) else 0)
 
 
+@app.command()
+def audit(
+    plan: Annotated[Path, typer.Option(help="The Plan that this machine is asked to work by, a TOML file.")],
+    data: Annotated[str, typer.Option(help="The data: a file, a folder, or builtin:stdlib/I/N for a demonstration.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The audit's folder.", show_default="audits/ and the Plan's name")
+    ] = None,
+    attacks: Annotated[str | None, typer.Option(help="Which attacks to make, with commas between.")] = None,
+    backbone: Annotated[
+        Path | None,
+        typer.Option(help="The model's folder, or that of the emulator, if it is not where the Plan says."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the audit in the folder.")] = False,
+    key: Annotated[
+        Path, typer.Option(help="The key that signs the report, Ed25519 as PEM; made where there is none.")
+    ] = Path("~/.farfield/audit-key.pem"),
+) -> None:
+    """Attack what this machine would send in its first round under a Plan, before it sends it. Nothing leaves it."""
+    from .audit.console import AuditConsole, print_audit
+    from .auditing import Request, audit
+
+    folder = out or Path("audits") / f"{plan.stem}-own"
+    names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
+    console = _console()
+    progress = AuditConsole(console)
+    try:
+        with progress:
+            made = audit(Request(plan, data, folder, key, names, resume, backbone), progress)
+    except KeyboardInterrupt:
+        again = f"edge-client audit --plan {plan} --data {data} --out {folder} --resume"
+        print(f"Stopped. What was found is kept; go on with: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print_audit(console, made)
+
+
 def default_name() -> str:
     """The machine's name, as far as a node may be called so, and four characters by chance that make it unique."""
     host = re.sub(r"[^A-Za-z0-9._+-]+", "-", socket.gethostname().partition(".")[0]).strip("._+-")[:59]

@@ -220,7 +220,7 @@ class Participant:
                 self._spending.spend(bench.plan, opened.task.run, number)
 
         kept = self._kept(opened)
-        worker = Worker(self._node, bench, lambda: self._read(bench), on_step, kept, secure, spend)
+        worker = Worker(self._node, bench, lambda: self._read(bench), on_step, kept, secure, spend, used_up=True)
         return worker.outcome(opened.task)
 
     def _kept(self, opened: Opened) -> LocalState | None:

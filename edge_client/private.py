@@ -25,7 +25,7 @@ from farfield.protocols.privacy.mechanism import ExampleMechanism
 from farfield.protocols.randomness import Randomness
 from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 from .data import IGNORED, Example, collate
 from .per_example import Recorder, recording
@@ -80,7 +80,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
 def train(
     tuned: Tuned,
-    start: State,
+    start: Arrays,
     examples: Sequence[Example],
     training: Training,
     mechanism: ExampleMechanism,

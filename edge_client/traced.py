@@ -35,7 +35,7 @@ from farfield.emulator.methods import Setting, Tuned, TuningMethod
 from farfield.emulator.split import split
 from farfield.kernels import perturb
 from farfield.protocols.plan import Plan
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import ITEM_BYTES, State
 
 from .train import mean_loss, scored
 
@@ -131,11 +131,15 @@ def trace(plan: Plan, folder: Path) -> Traced:
         tuned = _installed(plan, folder)
         weights = tally.live
         values = sum(one.numel() for one in tuned.trainable().values())
-        state = 4 * values  # float32, outside of torch: one that the task brings, and in the end one that it changed
+        # Outside of torch: what the task brings, and in the end what goes back.
+        brought = ITEM_BYTES[plan.delivery.dtype] * values
+        sent = ITEM_BYTES["float32"] * values if plan.protection.kind == "secagg" else brought
         one, whole = (_evaluating(tuned, _batch(plan, size), tally) for size in (1, plan.evaluation.batch_size))
         work = _training(tuned, plan, tally)
-        training = max(tally.peak, tally.live + state)
-    return Traced(weights, values, training + state, whole + state, one + state, work)
+        training = max(tally.peak, tally.live + sent)
+        if tuned.descent is None:
+            training += brought  # which others give up once they have begun
+    return Traced(weights, values, training, whole + brought, one + brought, work)
 
 
 def _evaluating(tuned: Tuned, batch: dict[str, torch.Tensor], tally: Tally) -> int:

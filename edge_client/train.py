@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,9 +16,11 @@ from farfield.emulator.head import off
 from farfield.emulator.methods import Tuned
 from farfield.kernels import cross_entropy
 from farfield.protocols.sections import Training
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 from .data import Example, batches, collate
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Outcome:
         loss: mean loss in nats over the `targets` (tokens or classes) predicted in `steps` optimiser steps.
     """
 
-    update: State
+    update: Arrays
     loss: float
     targets: int
     steps: int
@@ -56,7 +58,7 @@ def local_steps(training: Training, examples: int) -> int:
 
 def train(
     tuned: Tuned,
-    start: State,
+    start: Arrays,
     examples: Sequence[Example],
     training: Training,
     *,
@@ -76,7 +78,7 @@ def train(
         on_step: called after each step with its mean loss.
     """
     device = next(tuned.model.parameters()).device
-    stream = _micro_batches(examples, training, seed)
+    stream = micro_batches(examples, training, seed)
     targets, total_loss, total_targets = 0, 0.0, 0
 
     def losses(_: int) -> Loss:
@@ -111,7 +113,7 @@ def evaluate(tuned: Tuned, examples: Sequence[Example], batch_size: int, *, pad_
     return Measured(loss / targets, targets, correct)
 
 
-def _micro_batches(examples: Sequence[Example], training: Training, seed: int) -> Iterator[list[list[Example]]]:
+def micro_batches(examples: Sequence[T], training: Training, seed: int) -> Iterator[list[list[T]]]:
     """For ever: the micro-batches of one optimiser step, epoch after epoch; an epoch's last group may be smaller."""
     for epoch in itertools.count():
         epoch_batches = batches(examples, training.batch_size, seed=seed, epoch=epoch)

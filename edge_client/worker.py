@@ -13,7 +13,7 @@ from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism
 from farfield.protocols.randomness import Randomness
 from farfield.protocols.seeds import derive
 from farfield.protocols.summing import Part, Shapes
-from farfield.protocols.tensors import State, pack_state, unpack_state
+from farfield.protocols.tensors import Arrays, State, pack_state, unpacked
 from farfield.protocols.turns import takes_part
 
 from .data import ClientData, Example
@@ -31,6 +31,7 @@ class Worker:
         kept: where the client keeps its own part of the adapter, for methods that leave it one.
         spend: is told a round before the data are opened to train for it; raises where their owner's limit forbids it.
         secure: takes the client's step in a secure aggregation, and calls back where work is to be done for it.
+        used_up: a task's adapter is nobody else's, so its memory may be given up as soon as nothing here needs it.
     """
 
     node: str
@@ -40,6 +41,7 @@ class Worker:
     kept: LocalState | None = None
     secure: Callable[[Task, Secure, Work], Secured] | None = None
     spend: Callable[[int], None] | None = None
+    used_up: bool = False
 
     def perform(self, task: Task) -> Reply:
         """Do what the task says. Whatever the data, the Plan or the task make impossible becomes a `Failed` reply."""
@@ -94,18 +96,32 @@ class Worker:
         if self.spend is not None:
             self.spend(task.round)
         examples = self.data().train
-        shared, own = bench.part(unpack_state(work.adapter)), self._own(task.round - 1)
-        bench.load(shared, own)
+        own = self._own(task.round - 1)
+        start = self._set(work, own)
         with bench.round(task.round):
-            done = self._locally(task, shared | own, examples)
-        if own and self.kept is not None:
-            self.kept.save(task.round, {name: value + done.update[name] for name, value in own.items()})
-        update = {name: change for name, change in done.update.items() if name in shared}
+            done = self._locally(task, start, examples)
+        update = done.update
+        if own:
+            if self.kept is not None:
+                self.kept.save(task.round, {name: value + done.update[name] for name, value in own.items()})
+            update = {name: change for name, change in done.update.items() if name not in own}
         if plan.privacy.kind == "client":
             return self._clipped(update, work)
         return Part(update, len(examples), done.targets, done.loss * done.targets, done.steps)
 
-    def _locally(self, task: Task, start: State, examples: Sequence[Example]) -> Outcome:
+    def _set(self, work: Train, own: Arrays) -> Arrays:
+        """Set the bench to what the task brings and what the client has at home, and give the start of training."""
+        bench = self.bench
+        shared = bench.part(unpacked(work.adapter))
+        bench.load(shared, own)
+        if bench.tuned.descent is None:
+            return {**shared, **own} if own else shared
+        # It goes on from what the parameters are, so what they were set to need not stay.
+        if self.used_up and isinstance(work.adapter, dict):
+            work.adapter.clear()
+        return bench.current()
+
+    def _locally(self, task: Task, start: Arrays, examples: Sequence[Example]) -> Outcome:
         """Train at the bench, plainly or so that no single example shows."""
         plan, bench = self.bench.local, self.bench
         seed = derive(plan.training.seed, "train", task.round, task.node)
@@ -142,7 +158,7 @@ class Worker:
         )
 
     @staticmethod
-    def _clipped(update: State, work: Train) -> Part:
+    def _clipped(update: Arrays, work: Train) -> Part:
         """The whole update within the task's norm, and nothing that would say more about this client."""
         if work.clipping_norm is None:
             raise PlanError("the task does not say to which norm the update is to be clipped")
@@ -154,7 +170,7 @@ class Worker:
         examples = self.data().held_out[: settings.examples]
         if not examples:
             return Part()
-        bench.load(bench.part(unpack_state(work.adapter)), self._own(task.round))
+        bench.load(bench.part(unpacked(work.adapter)), self._own(task.round))
         measured = evaluate(bench.tuned, examples, settings.batch_size, pad_id=bench.pad_id)
         loss = measured.loss * measured.targets
         return Part({}, len(examples), measured.targets, loss, correct=measured.correct)

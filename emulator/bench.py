@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from farfield.protocols.errors import MalformedMessage, TuningError
 from farfield.protocols.plan import Plan
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, Made, State
 
 from . import backbone, factors, few_bits, stored
 from .architecture import checkpoint_blocks, describe
@@ -131,17 +132,26 @@ class Bench:
         """What a client that has not trained yet keeps at home; empty where all is shared. Not to be written to."""
         return self._untrained
 
-    def part(self, adapter: State) -> State:
+    def current(self) -> Made:
+        """All parameters that are trained here as they are now, each when it is asked for."""
+        trained = self._shared | self._local
+
+        def make(name: str) -> NDArray[np.float32]:
+            return _value(trained[name])
+
+        return Made(trained, make)
+
+    def part(self, adapter: Arrays) -> Arrays:
         """What of the Plan's `adapter` is trained here: all of it, or of its factors the first of their ranks."""
         whole, rank = self.plan.tuning.adapter_rank, self.method.adapter_rank
         return adapter if whole is None or rank is None else factors.part(adapter, whole, rank)
 
-    def whole(self, update: State) -> State:
+    def whole(self, update: Arrays) -> Arrays:
         """An update of what is trained here as one of the Plan's adapter: what is not trained here does not change."""
         rank = self.plan.tuning.adapter_rank
         return update if rank is None else factors.padded(update, rank)
 
-    def load(self, adapter: State, local: State | None = None) -> None:
+    def load(self, adapter: Arrays, local: Arrays | None = None) -> None:
         """Set what is trained, rounded to the model's number format.
 
         Args:
@@ -228,12 +238,17 @@ def loaded(
     return model, Layout(parts, tuple(parts.middle)), None
 
 
-def _fits(state: State, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+def _fits(state: Arrays, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
     return {name: array.shape for name, array in state.items()} == {n: tuple(p.shape) for n, p in parameters.items()}
 
 
 def _values(parameters: Mapping[str, torch.nn.Parameter]) -> State:
-    return {name: parameter.detach().float().cpu().numpy().copy() for name, parameter in parameters.items()}
+    return {name: _value(parameter) for name, parameter in parameters.items()}
+
+
+def _value(parameter: torch.nn.Parameter) -> NDArray[np.float32]:
+    value: NDArray[np.float32] = parameter.detach().float().cpu().numpy().copy()
+    return value
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

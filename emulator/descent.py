@@ -11,7 +11,7 @@ import torch
 from farfield.protocols.errors import TuningError
 from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 from .masters import MasterWeights
 from .methods import Tuned
@@ -32,15 +32,19 @@ class Descent(Protocol):
         """Make step `number` (from 0, over all rounds) at this rate and return its loss, from before the step."""
         ...
 
-    def update(self) -> State:
-        """Trained minus starting value of every trained parameter, float32, by name."""
+    def update(self) -> Arrays:
+        """Trained minus starting value of every trained parameter, float32, by name. Called once, at the end.
+
+        Raises:
+            TuningError: a value is no number.
+        """
         ...
 
 
 class GradientDescent:
     """The Plan's optimiser on gradients that autograd finds."""
 
-    def __init__(self, tuned: Tuned, start: State, training: Training) -> None:
+    def __init__(self, tuned: Tuned, start: Arrays, training: Training) -> None:
         self._tuned, self._training = tuned, training
         self._masters = MasterWeights(tuned.trainable(), start)
         make = tuned.optimizer or make_optimizer
@@ -63,13 +67,16 @@ class GradientDescent:
         masters.publish()
         return value
 
-    def update(self) -> State:
-        return self._masters.update()
+    def update(self) -> Arrays:
+        update = self._masters.update()
+        if not all(math.isfinite(float(change.sum())) for change in update.values()):
+            raise TuningError("a trained value is no longer a number", hint=_lower(self._training))
+        return update
 
 
 def descend(
     tuned: Tuned,
-    start: State,
+    start: Arrays,
     training: Training,
     losses: Callable[[int], Loss],
     *,
@@ -78,7 +85,7 @@ def descend(
     first_step: int = 0,
     horizon: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> State:
+) -> Arrays:
     """Make `steps` steps from `start` and return what they changed, float32, by name.
 
     The model is left with what was trained, in evaluation mode. The same arguments give the same result.
@@ -91,7 +98,7 @@ def descend(
         on_step: told the number of each step that is done, and its loss.
 
     Raises:
-        TuningError: a loss is no number, or has left the first one far behind.
+        TuningError: a loss or a trained value is no number, or a loss has left the first one far behind.
     """
     device = next(tuned.model.parameters()).device
     descent = tuned.descent(start, training, seed) if tuned.descent else GradientDescent(tuned, start, training)
@@ -111,10 +118,7 @@ def descend(
                     on_step(step, value)
         finally:
             tuned.model.eval()
-    update = descent.update()
-    if not all(math.isfinite(float(change.sum())) for change in update.values()):
-        raise TuningError("a trained value is no longer a number", hint=_lower(training))
-    return update
+    return descent.update()
 
 
 def _check(value: float, first: float, step: int, training: Training) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, State
 
 _A: Final = ".lora_A."
 _B: Final = ".lora_B."
@@ -31,7 +31,7 @@ def shapes_at(shapes: Mapping[str, tuple[int, ...]], rank: int) -> Shapes:
     return {name: _resized(name, shape, rank) for name, shape in shapes.items()}
 
 
-def part(adapter: State, whole: int, rank: int) -> State:
+def part(adapter: Arrays, whole: int, rank: int) -> State:
     """The part of `adapter`, whose rank is `whole`, that has the smaller `rank`. Views, not copies.
 
     A factor of any rank but `whole` is left as it is, for whoever uses it to find out.
@@ -42,7 +42,7 @@ def part(adapter: State, whole: int, rank: int) -> State:
     }
 
 
-def padded(update: State, rank: int) -> State:
+def padded(update: Arrays, rank: int) -> State:
     """`update`, of a part, as one of the whole adapter of this `rank`: what the part lacks does not change."""
     wide: State = {}
     for name, array in update.items():

@@ -12,7 +12,7 @@ from farfield.kernels import low_rank
 
 
 @final
-class FrozenFactor(LoraVariant):  # type: ignore[misc]
+class FrozenFactor(LoraVariant):
     """A variant of LoRA to `peft`, which asks it for what a layer gives, and for nothing else: it is merged as any."""
 
     @staticmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, State
 
 
 class MasterWeights:
@@ -17,7 +17,7 @@ class MasterWeights:
     the rounded parameter, and what it has really moved is kept here.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: State) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], start: Arrays) -> None:
         self._parameters, self._start = parameters, start
         self._values = {name: torch.from_numpy(np.array(start[name])).to(p.device) for name, p in parameters.items()}
         self.publish()
@@ -58,5 +58,8 @@ class MasterWeights:
             parameter.copy_(self._values[name])
 
     def update(self) -> State:
-        """Trained minus starting value of each."""
-        return {name: value.detach().cpu().numpy() - self._start[name] for name, value in self._values.items()}
+        """Trained minus starting value of each, made where the masters were: they are used up."""
+        changes: State = {name: value.detach().cpu().numpy() for name, value in self._values.items()}
+        for name, change in changes.items():
+            change -= self._start[name]
+        return changes

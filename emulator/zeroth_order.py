@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from farfield.kernels import perturb
 from farfield.protocols.errors import TuningError
 from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, Made
 
 if TYPE_CHECKING:
     from .architecture import Linear
@@ -68,14 +70,18 @@ class Directions:
         for parameter, key in self._keys.items():
             perturb.add_(parameter.data, key, mixed)
 
-    def total(self, scales: Mapping[int, float]) -> State:
-        """Σⱼ sⱼ·z_j in float32, by the names of the parameters."""
-        mixed, state = perturb.mixture(scales), State()
-        for parameter, name in self._names.items():
+    def total(self, scales: Mapping[int, float]) -> Made:
+        """Σⱼ sⱼ·z_j in float32, by the names of the parameters; each is made when it is asked for."""
+        mixed, by_name = perturb.mixture(scales), {name: parameter for parameter, name in self._names.items()}
+
+        def make(name: str) -> NDArray[np.float32]:
+            parameter = by_name[name]
             change = torch.zeros(parameter.shape, device=parameter.device)
             perturb.add_(change, self._keys[parameter], mixed)
-            state[name] = change.cpu().numpy()
-        return state
+            found: NDArray[np.float32] = change.cpu().numpy()
+            return found
+
+        return Made(by_name, make)
 
     def _loss_at(self, number: int, step: float, loss: Loss) -> float:
         with self._shifted(perturb.mixture({number: step})):
@@ -117,7 +123,7 @@ class SlopeDescent:
         seed: int,
         epsilon: float,
         choose: Callable[[int], int],
-        update: Callable[[Mapping[int, float]], State],
+        update: Callable[[Mapping[int, float]], Arrays],
     ) -> None:
         """
         Args:
@@ -140,7 +146,7 @@ class SlopeDescent:
         self._gone[direction] = self._gone.get(direction, 0.0) - rate * slope
         return value
 
-    def update(self) -> State:
+    def update(self) -> Arrays:
         return self._update(self._gone)
 
 

@@ -33,7 +33,7 @@ from .randomness import Randomness
 from .secagg import fixedpoint
 from .secagg.parameters import at_most
 from .sections import SMALLEST_SUM
-from .tensors import State
+from .tensors import Arrays
 
 Purpose: TypeAlias = Literal["train", "evaluate"]
 Words: TypeAlias = "NDArray[np.uint32] | NDArray[np.uint16]"
@@ -115,7 +115,7 @@ class Part:
         clipped: whether the update was longer than the clipping norm.
     """
 
-    update: State = field(default_factory=dict)
+    update: Arrays = field(default_factory=dict)
     examples: int = 0
     targets: int = 0
     loss: float = 0.0

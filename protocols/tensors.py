@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,32 @@ DType: TypeAlias = Literal["float32", "bfloat16"]
 State: TypeAlias = dict[str, NDArray[np.float32]]
 """Named float32 arrays: an adapter, an update, or the state of a server optimiser."""
 
+Arrays: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""The same where it is only read, and may be `Made` as it is read."""
+
 ITEM_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2}
+
+
+@final
+class Made(Mapping[str, NDArray[np.float32]]):
+    """Named arrays of which each is made whenever it is asked for, so that there need not be two at a time."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], NDArray[np.float32]]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # that of Mapping would make it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +94,11 @@ def pack_state(state: Mapping[str, NDArray[np.float32]], dtype: DType) -> dict[s
 
 def unpack_state(tensors: Mapping[str, Tensor]) -> State:
     return {name: unpack(tensor) for name, tensor in tensors.items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> Made:
+    """The values of `tensors` as float32, each unpacked whenever it is asked for."""
+    return Made(tensors, lambda name: unpack(tensors[name]))
 
 
 def digest(state: Mapping[str, NDArray[np.float32]]) -> str:

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 
 from .attack import Attack, register, registered
-from .subject import Act, Course, Federation, Member, Planted, Planting, Subject
+from .subject import Act, Course, Federation, Member, Owner, Planted, Planting, Subject
 
 __all__ = [
     "Act",
@@ -18,6 +18,7 @@ __all__ = [
     "Course",
     "Federation",
     "Member",
+    "Owner",
     "Planted",
     "Planting",
     "Subject",

@@ -94,6 +94,20 @@ class Say(Protocol):
     def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What only the backbone's owner has, where clients get an emulator of it.
+
+    Attributes:
+        backbone, emulator: their folders.
+        public: text that is nobody's secret; None is what the emulator was built with.
+    """
+
+    backbone: Path
+    emulator: Path
+    public: Path | None
+
+
 @dataclass(frozen=True)
 class Subject:
     """One audit's subject.
@@ -110,6 +124,7 @@ class Subject:
         notes: keeps what was found out so far.
         say: shows progress.
         plantings: by attack, what it has planted; those of the attacks that are made.
+        owner: None where clients get the backbone itself, and at an edge client.
     """
 
     plan: Plan
@@ -123,13 +138,11 @@ class Subject:
     notes: Notes
     say: Say
     plantings: dict[str, Planting] = field(default_factory=dict)
+    owner: Owner | None = None
 
     @cached_property
-    def course(self) -> Course:
-        """The audited run: the Plan as it is, over all clients, with everything that any attack has planted.
-
-        At an edge client it is one round of this client alone, so that its update is the aggregate.
-        """
+    def members(self) -> Mapping[str, Member]:
+        """Who takes part in the audited run, with everything that any attack has planted."""
         members = {name: Member(read) for name, read in self.clients.items()}
         records: dict[str, list[Record]] = {}
         for planting in self.plantings.values():
@@ -138,11 +151,19 @@ class Subject:
             members.update(planting.members)
         for name, planted in records.items():
             members[name] = Member(lambda name=name, planted=planted: self.prepare(name, planted))  # type: ignore[misc]
+        return members
+
+    @cached_property
+    def course(self) -> Course:
+        """The audited run: the Plan as it is, over all `members`.
+
+        At an edge client it is one round of this client alone, so that its update is the aggregate.
+        """
         if self.federation is None:
             from .alone import Alone
 
-            return Alone(self, members)
-        return self.federation.run("audited", self.plan, members, self.say)
+            return Alone(self, self.members)
+        return self.federation.run("audited", self.plan, self.members, self.say)
 
     def variant(self, **sections: Mapping[str, Any]) -> Plan:
         """The Plan with these keys of its sections replaced, and checked again.

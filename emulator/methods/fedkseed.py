@@ -10,7 +10,7 @@ from pydantic import Field
 
 from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, State
 
 from .full import Full
 from .method import Setting, Tuned, TuningMethod, register
@@ -81,7 +81,7 @@ class FedKSeed(TuningMethod):
         # Behind all else: a model takes the dtype of its first parameter for its own.
         model.add_module(_PATH, pool)
 
-        def descent(start: State, training: Training, seed: int) -> Descent:
+        def descent(start: Arrays, training: Training, seed: int) -> Descent:
             pool.begin(torch.from_numpy(np.array(start[_NAME])))
 
             def choose(step: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from farfield.emulator import offline  # noqa: F401 - for its effect
 from farfield.protocols.sections import Training, TuningSettings
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 from .sharing import Sharing
 
@@ -60,7 +60,8 @@ class Tuned:
         optimizer: makes the optimiser of the float32 values that stand behind the trained parameters, by name, where it
             is not the Plan's own.
         descent: makes what takes the steps, from the start, the Plan's section and a seed, where they do not go by
-            gradients that autograd finds. The model is then in evaluation mode.
+            gradients that autograd finds. The start is read there and then, and not again. The model is in evaluation
+            mode.
         initial: sets the values that training begins with, where they are not there yet because finding them takes
             time. Only whoever begins a run needs it: all others are sent them.
         settled: called after the trained parameters were set, where the model has more to do about it.
@@ -75,7 +76,7 @@ class Tuned:
     optimizer: Callable[[Training, Mapping[str, torch.Tensor]], torch.optim.Optimizer] | None = field(
         default=None, kw_only=True
     )
-    descent: Callable[[State, Training, int], Descent] | None = field(default=None, kw_only=True)
+    descent: Callable[[Arrays, Training, int], Descent] | None = field(default=None, kw_only=True)
     initial: Callable[[], None] | None = field(default=None, kw_only=True)
     settled: Callable[[], None] | None = field(default=None, kw_only=True)
     head: torch.nn.Module | None = field(default=None, kw_only=True)

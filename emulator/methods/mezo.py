@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from farfield.protocols.sections import Training
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 from .full import Full
 from .lora import Lora
@@ -89,7 +89,7 @@ class Mezo(TuningMethod):
         inner: Any = tuned.model if self.over == "full" else cast("Any", tuned.model).get_base_model()
         modules = [*architecture.blocks, *(inner.get_submodule(path) for path in architecture.head)]
 
-        def descent(start: State, training: Training, seed: int) -> Descent:
+        def descent(start: Arrays, training: Training, seed: int) -> Descent:
             trained = {setting.named(name): one for name, one in tuned.model.named_parameters() if one.requires_grad}
             _set(trained, start)
             directions = Directions(modules, {parameter: name for name, parameter in trained.items()}, seed)
@@ -109,7 +109,7 @@ class Mezo(TuningMethod):
         return Full() if self.over == "full" else Lora(rank=self.rank, alpha=self.alpha, targets=self.targets)
 
 
-def _set(parameters: dict[str, torch.nn.Parameter], start: State) -> None:
+def _set(parameters: dict[str, torch.nn.Parameter], start: Arrays) -> None:
     import numpy as np
     import torch
 

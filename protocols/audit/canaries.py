@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import one_run, one_run_gaussian
-from .guessing import Guesses, correct, halvings
+from .guessing import Guesses, correct, standard
 from .intervals import confident
 
 Claim: TypeAlias = Literal["(ε, δ)-DP", "Gaussian DP"]
@@ -66,14 +66,14 @@ def audit(
     Args:
         values: one score for each canary; a higher one speaks for its having been in the data.
         included: bool, of the same length; each was thrown independently, with probability ½.
-        plan: the numbers of guesses, fixed before the scores were seen; `halvings` if None.
+        plan: the numbers of guesses, fixed before the scores were seen; `standard` if None.
         seed: of the lots among equal scores.
 
     Raises:
         ValueError: lengths differ, the plan does not fit the number of canaries, or δ or the confidence are none.
     """
     truth = np.asarray(included)
-    chosen = tuple(plan) if plan is not None else halvings(len(truth))
+    chosen = tuple(plan) if plan is not None else standard(len(truth))
     rights = correct(values, truth, chosen, seed)
     each = _each(chosen, confidence)
     bounds = [
@@ -107,7 +107,7 @@ def ceiling(
 
     With δ = 0, one entry of all canaries and 95 %, it is 3.49 for 100 canaries, 5.81 for 1,000 and 7.42 for 5,000.
     """
-    chosen = tuple(plan) if plan is not None else halvings(canaries)
+    chosen = tuple(plan) if plan is not None else standard(canaries)
     each = _each(chosen, confidence)
     return max(_BOUNDS[claim](canaries, guesses.made, guesses.made, delta, each) for guesses in chosen)
 

@@ -73,9 +73,8 @@ def combine(
         assert isinstance(made, ViewRule)
         adapter = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
         combined = made.combine(adapter, updates, weights or dict.fromkeys(updates, 1.0))
-    assert {name: (one.shape, one.dtype) for name, one in combined.update.items()} == {
-        name: (shape, np.float32) for name, shape in SHAPES.items()
-    }
+    assert {name: one.shape for name, one in combined.update.items()} == SHAPES
+    assert {one.dtype for one in combined.update.values()} == {np.dtype(np.float32)}
     return flat(combined.update)
 
 
@@ -119,13 +118,13 @@ def test_multi_krum(clients: int, malicious: int, kept: int | None) -> None:
 
 def test_krum_finds_the_largest_cluster_among_distant_points() -> None:
     """Far from zero, where distances are small differences of large numbers."""
-    rng = np.random.default_rng(3)
-    near = 1000 + 1e-3 * rng.normal(size=(5, SIZE))
-    away = 1000 + 5e-3 * rng.normal(size=(2, SIZE))
-    updates = {f"n{k}": state_of(point) for k, point in enumerate([*away, *near])}
-    found = combine("multi_krum", updates, malicious=2)
-    distances = np.linalg.norm(rows(updates) - found, axis=1)
-    assert distances[2:].max() < distances[:2].min()
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        near = 1000 + 1e-3 * rng.normal(size=(5, SIZE))
+        away = 1000 + 5e-3 * rng.normal(size=(2, SIZE))
+        updates = {f"n{k}": state_of(point) for k, point in enumerate([*away, *near])}
+        distances = np.linalg.norm(rows(updates) - combine("multi_krum", updates, malicious=2), axis=1)
+        assert distances[2:].max() < distances[:2].min()
 
 
 @pytest.mark.parametrize("rule", ["geometric_median", "geometric_median_of_means"])
@@ -200,7 +199,7 @@ def within_hull(found: Vector, honest: Vector) -> bool:
 
 
 def geometric_bound(found: Vector, honest: Vector) -> bool:
-    """‖v - z‖ ≤ 2(1 - α)/(1 - 2α) · max ‖xₖ - z‖ over the honest, with α = 2/9 (Minsker 2015, Lemma 2.1, is near it)."""
+    """‖v - z‖ ≤ 2(1 - α)/(1 - 2α) · max ‖xₖ - z‖ over the honest, with α = 2/9 of the points hostile."""
     centre = honest.mean(axis=0)
     return bool(np.linalg.norm(found - centre) <= 2 * 7 / 5 * np.linalg.norm(honest - centre, axis=1).max())
 
@@ -300,8 +299,8 @@ def minimum(rule: str, fewest: int = 7) -> str:
 
 
 @pytest.mark.parametrize("rule", VIEWS)
-@pytest.mark.parametrize("order", [range(9), reversed(range(9))])
-def test_a_round_comes_to_what_the_rule_makes_of_it(rule: str, order: Any) -> None:
+@pytest.mark.parametrize("order", [range(9), range(8, -1, -1)])
+def test_a_round_comes_to_what_the_rule_makes_of_it(rule: str, order: range) -> None:
     updates = drawn(13)
     plan = plans.parse(plan_text() + minimum(rule))
     made = aggregation.registered()[rule](plan.aggregation)

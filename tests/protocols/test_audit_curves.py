@@ -94,6 +94,12 @@ def test_too_few_non_members_give_no_number() -> None:
     assert found.tpr.low == pytest.approx(0.025 ** (1 / 50))
 
 
+def test_a_share_that_is_a_whole_number_of_non_members_is_used_up() -> None:
+    """0.29 · 100 is a little below 29 in floating point."""
+    found = tpr_at_fpr([50.0], np.arange(100), 0.29)
+    assert found.measured_fpr is not None and found.measured_fpr.successes == 29
+
+
 def test_members_alike_to_the_non_members_at_the_threshold_are_not_counted() -> None:
     found = tpr_at_fpr([5.0] * 8, [5.0] * 90 + [1.0] * 10, 0.1)
     assert found.tpr is not None and found.tpr.value == 0

@@ -40,7 +40,7 @@ def test_a_sample_says_no_more_than_it_can(count: int, data: st.DataObject, spac
     above = data.draw(st.integers(0, count))
     found = by_sample(count - above - 0.5, np.arange(count), space, confidence)
     assert 0 <= found.low <= found.value <= found.high <= found.maximum == pytest.approx(math.log2(space))
-    assert found.low <= found.resolution < math.log2(1 + count) + 1e-9 or found.low == found.resolution
+    assert found.low <= found.resolution < math.log2(1 + count)
     if above == 0:
         assert found.low == found.resolution
         assert found.high == found.maximum
@@ -72,7 +72,7 @@ def test_several_middling_ranks_are_unlikely_together() -> None:
     one = by_rank(90.5, np.arange(100))
     assert one.chance > 0.05
     assert chance_of_all([one]) == pytest.approx(one.chance)
-    assert chance_of_all([one] * 6) < 1e-3
+    assert chance_of_all([one] * 6) < 0.01
 
 
 def test_what_does_not_fit_is_refused() -> None:

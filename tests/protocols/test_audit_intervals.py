@@ -54,5 +54,5 @@ def test_many_limits_are_the_single_ones() -> None:
 
 @pytest.mark.parametrize(("successes", "count", "confidence"), [(1, 0, 0.9), (3, 2, 0.9), (-1, 2, 0.9), (1, 2, 1.0)])
 def test_what_is_no_proportion_is_refused(successes: int, count: int, confidence: float) -> None:
-    with pytest.raises(ValueError, match="successes in|confidence"):
+    with pytest.raises(ValueError, match=r"successes in|confidence"):
         proportion(successes, count, confidence)

@@ -1,0 +1,110 @@
+"""Axes of a plot: which values they span, where their ticks are, and how a number is written on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from .finding import Axis
+
+_MOST_TICKS: Final = 6
+_SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Maps values from `low` to `high` to places from `start` to `end`.
+
+    Attributes:
+        ticks: values within the limits, rising, each with its label.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+    ticks: tuple[tuple[float, str], ...]
+
+    def at(self, value: float) -> float:
+        """The place of `value`; that of the nearest limit for one that is beyond it, as 0 is on a logarithmic axis."""
+        value = min(max(value, self.low), self.high)
+        share = (self._bent(value) - self._bent(self.low)) / (self._bent(self.high) - self._bent(self.low))
+        return self.start + (self.end - self.start) * share
+
+    def value(self, place: float) -> float:
+        """The value at `place`."""
+        low, high = self._bent(self.low), self._bent(self.high)
+        bent = low + (high - low) * (place - self.start) / (self.end - self.start)
+        return min(max(10**bent if self.log else bent, self.low), self.high)
+
+    def _bent(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+def scale(axis: Axis, values: Sequence[float], start: float, end: float) -> Scale:
+    """The scale on which `axis` shows `values`, as far as its own limits allow."""
+    make = _log if axis.log else _linear
+    low, high, ticks = make(axis.low, axis.high, values)
+    return Scale(low, high, start, end, axis.log, ticks)
+
+
+def number(value: float) -> str:
+    """To four digits at most, as a person writes it: "1,200", "0.05", "−3.2", "2×10⁻⁷"."""
+    if not value:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 <= exponent < 7:
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        if "e" not in text:
+            return text.replace("-", "−")
+    mantissa, _, power = f"{value:.2e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".").replace("-", "−")
+    power = str(int(power)).translate(_SUPERSCRIPTS)
+    return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
+
+
+def _linear(
+    low: float | None, high: float | None, values: Sequence[float]
+) -> tuple[float, float, tuple[tuple[float, str], ...]]:
+    first = min(values, default=0.0) if low is None else low
+    last = max(values, default=1.0) if high is None else high
+    if first >= last:
+        first, last = (first - (abs(first) / 2 or 1) if low is None else first), first + (abs(first) / 2 or 1)
+    step = _nice((last - first) / (_MOST_TICKS - 1))
+    if values and all(value == int(value) for value in values):
+        step = max(step, 1.0)
+    if low is None:
+        first = math.floor(first / step + 1e-9) * step
+    if high is None:
+        last = math.ceil(last / step - 1e-9) * step
+    count = math.floor((last - first) / step + 1e-9)
+    begin = math.ceil(first / step - 1e-9)
+    ticks = [(begin + k) * step for k in range(count + 1) if (begin + k) * step <= last + step * 1e-9]
+    digits = max(0, -math.floor(math.log10(step)))
+    plain = step >= 1e-4 and max(abs(first), abs(last)) < 1e7
+    return first, last, tuple((t, f"{t:,.{digits}f}".replace("-", "−") if plain else number(t)) for t in ticks)
+
+
+def _nice(rough: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(k * power for k in (1, 2, 5, 10) if k * power >= rough * (1 - 1e-9))
+
+
+def _log(
+    low: float | None, high: float | None, values: Sequence[float]
+) -> tuple[float, float, tuple[tuple[float, str], ...]]:
+    positive = [value for value in values if value > 0]
+    first = low if low is not None and low > 0 else 10.0 ** math.floor(math.log10(min(positive, default=0.001)) + 1e-9)
+    last = high if high is not None and high > 0 else 10.0 ** math.ceil(math.log10(max(positive, default=1.0)) - 1e-9)
+    if first >= last:
+        last = 10 * first
+    decades = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    every = max(1, math.ceil(len(decades) / (_MOST_TICKS + 1)))
+    kinds = (1, 2, 5) if math.log10(last / first) <= 2 else (1,)
+    candidates = [kind * 10.0**power for power in decades if power % every == 0 for kind in kinds]
+    ticks = [tick for tick in candidates if first * (1 - 1e-9) <= tick <= last * (1 + 1e-9)]
+    return first, last, tuple((tick, number(tick)) for tick in ticks or [first, last])

@@ -1,0 +1,342 @@
+"""Membership inference: it finds what is to be found, says so where there is nothing, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import audits
+import numpy as np
+import pytest
+import tiny
+from scipy.stats import norm
+
+from farfield.edge_client import train
+from farfield.edge_client.audit import Planted, Planting, Subject
+from farfield.edge_client.audit import membership_scores as scores
+from farfield.edge_client.audit.attack import registered
+from farfield.edge_client.audit.candidates import candidates, visits
+from farfield.edge_client.audit.losses import WORST, losses
+from farfield.edge_client.audit.shadows import halves
+from farfield.edge_client.data import Example
+from farfield.edge_client.records import Text
+from farfield.edge_client.train import evaluate
+from farfield.protocols.audit.finding import Finding
+from farfield.protocols.errors import AuditError
+
+ATTACK = registered()["membership"]
+
+DATA = {"packing": False, "truncate": True, "max_length": 24, "held_out": 0.5}
+LEARNS = {
+    "tuning": {"rank": 8},
+    "data": DATA,
+    "training": {"rounds": 4, "steps": 25, "learning_rate": 0.02},
+}
+"""Enough training of little data that every record is known by heart."""
+
+
+def subject(folder: Path, clients: int = 3, records: int = 24, labels: int = 0, **sections: dict[str, Any]) -> Subject:
+    """Clients whose records are random letters, so that nothing about one can be known from the others."""
+    if not (folder / "backbone").exists():
+        tiny.write_backbone(folder / "backbone")
+        (folder / "clients").mkdir()
+        generator = random.Random(3)
+        for client in range(clients):
+            rows = [{"text": "".join(generator.choices("abcdefghij", k=18))} for _ in range(records)]
+            if labels:
+                rows = [row | {"label": generator.randrange(labels)} for row in rows]
+            file = folder / "clients" / f"client-{client}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return audits.subject(folder, **sections)
+
+
+def figure(finding: Finding, name: str) -> Any:
+    (found,) = (one for one in finding.figures if one.name == name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Finding]:
+    """A run without protection, and what was found in it."""
+    made = subject(tmp_path_factory.mktemp("leaky"), **LEARNS)
+    return made, ATTACK.run(made)
+
+
+def test_what_is_learnt_by_heart_is_found(leaky: tuple[Subject, Finding]) -> None:
+    made, finding = leaky
+    assert ATTACK.unfit(made) is None and finding.verdict == "leak"
+    for name in ("RMIA", "LiRA", "LiRA, offline", "loss difference"):
+        assert figure(finding, f"AUC, {name}").value > 0.9
+    area, blind = figure(finding, "AUC, RMIA"), figure(finding, "AUC, loss before training")
+    assert area.interval.low > 0.8 and area.chance == 0.5
+    assert blind.interval.low < 0.5 < blind.interval.high
+    assert "gives away something" in finding.found[0] and "no sign that the two sides differ" in finding.found[-1]
+
+
+def test_rare_rates_are_given_where_there_are_enough_non_members(leaky: tuple[Subject, Finding]) -> None:
+    for fpr, needed in ((0.01, 100), (0.001, 1000)):
+        rate = figure(leaky[1], f"members found at {fpr:.1%} false positives, RMIA")
+        assert rate.value is None and str(needed) in rate.note
+        assert any(f"{fpr:.1%} false positives takes {needed} non-members" in sentence for sentence in leaky[1].found)
+
+
+def test_a_finding_holds_what_its_scores_follow_from(leaky: tuple[Subject, Finding]) -> None:
+    data: Any = leaky[1].data
+    members = np.array([flag == "1" for flag in data["member"]])
+    trained = np.array([[flag == "1" for flag in row] for row in data["trained_by_shadow"]])
+    again = scores.rmia(np.array(data["loss_released"]), np.array(data["loss_shadows"]))
+    wins = np.sign(again[members][:, None] - again[~members][None]) / 2 + 0.5
+    assert figure(leaky[1], "AUC, RMIA").value == pytest.approx(wins.mean(), abs=1e-12)
+    assert trained.shape == (4, len(members)) and (trained.sum(axis=0) == 2).all()
+    (plot,), (table, clients) = leaky[1].plots, leaky[1].tables
+    assert (
+        plot.x.log
+        and plot.y.log
+        and plot.diagonal
+        and [one.label for one in plot.series] == [row[0] for row in table.rows]
+    )
+    assert all(min(*one.x, *one.y) > 0 and (one.x[-1], one.y[-1]) == (1, 1) for one in plot.series)
+    assert {row[0] for row in clients.rows} == set(leaky[0].clients)
+    assert len(leaky[1].model_dump_json()) < 200_000
+
+
+def test_shadows_learn_their_own_half(leaky: tuple[Subject, Finding]) -> None:
+    """If they did not, LiRA and RMIA would measure noise."""
+    data: Any = leaky[1].data
+    found, trained = np.array(data["loss_shadows"]), np.array([list(row) for row in data["trained_by_shadow"]]) == "1"
+    for losses_, inside in zip(found, trained, strict=True):
+        assert losses_[inside].mean() < losses_[~inside].mean() - 0.5
+
+
+def test_noise_in_which_nothing_is_learnt_leaves_it_at_chance(tmp_path: Path) -> None:
+    """The run that leaks without it, with noise far above what is learnt."""
+    privacy = {"kind": "client", "noise_multiplier": 100.0, "clipping_norm": 1.0}
+    made = subject(tmp_path, **LEARNS, privacy=privacy, aggregation={"weighting": "uniform"})
+    finding = ATTACK.run(made)
+    assert finding.verdict == "no leak found"
+    area = figure(finding, "AUC, RMIA")
+    assert area.interval.low < 0.5 < area.interval.high
+    assert "not shown to be better than guessing" in finding.found[0]
+
+
+def test_what_a_killed_audit_had_made_is_not_made_again(tmp_path: Path, leaky: tuple[Subject, Finding]) -> None:
+    """Killed while the third shadow is trained: two are kept as they are, and the end is that of an audit in one go."""
+    made = subject(tmp_path, **LEARNS)
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "training shadow adapter 3 of 4" and done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        ATTACK.run(replace(made, say=kill))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    notes = tmp_path / "notes" / "membership"
+    kept = {file: file.stat().st_mtime_ns for file in notes.iterdir()}
+    assert {file.name for file in kept} >= {"shadow-1.safetensors", "shadow-2.safetensors", "shadow-2-losses.json"}
+    assert not (notes / "shadow-3.safetensors").exists()
+    assert ATTACK.run(subject(tmp_path, **LEARNS)) == leaky[1]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_an_edge_client_alone_tests_its_own_update(tmp_path: Path) -> None:
+    training = {"rounds": 1, "steps": 100, "learning_rate": 0.02}
+    made = subject(tmp_path, clients=1, records=48, **LEARNS | {"training": training})
+    finding = ATTACK.run(replace(made, federation=None))
+    assert finding.verdict == "leak" and finding.attacker.startswith("the coordinator")
+    assert len(finding.data["loss_shadows"]) == 2  # type: ignore[arg-type]
+    assert "one round of this client alone" in finding.tried[0] and len(finding.tables) == 1
+
+
+def test_it_asks_about_labels_where_the_plan_learns_them(tmp_path: Path) -> None:
+    """Labels by lot can only be known by heart."""
+    model = {"task": "sequence-classification", "labels": 4}
+    data = DATA | {"packing": None, "truncate": None}
+    training = {"rounds": 4, "steps": 40, "learning_rate": 0.02}
+    made = subject(tmp_path, labels=4, **LEARNS | {"data": data, "training": training}, model=model)
+    finding = ATTACK.run(made)
+    assert finding.verdict == "leak" and figure(finding, "AUC, RMIA").value > 0.8
+    assert max(finding.data["loss_initial"]) < 5  # type: ignore[type-var,arg-type] - of one label, not of a text
+
+
+def test_members_are_what_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of four are less than a client has: what counts is what training really took."""
+    seen: Counter[bytes] = Counter()
+    collate = train.collate
+
+    def noted(examples: list[Example], pad_id: int) -> dict[str, Any]:
+        seen.update(example.input_ids.tobytes() for example in examples)
+        return collate(examples, pad_id)
+
+    made = subject(tmp_path, data=DATA, training={"rounds": 2, "steps": 2}, evaluation={"every": 2}, cohort={"size": 2})
+    monkeypatch.setattr(made.federation.bench.tuned.model, "training", False)  # type: ignore[union-attr]
+    monkeypatch.setattr(
+        train, "collate", lambda batch, pad: noted(batch, pad) if _training(made) else collate(batch, pad)
+    )
+    asked = candidates(made)
+    keys = [example.input_ids.tobytes() for example in asked.examples]
+    inside = {key for key, member in zip(keys, asked.members, strict=True) if member}
+    assert inside <= set(seen) and not seen.keys() & (set(keys) - inside)
+    trained = {name: [one.input_ids.tobytes() for one in read().train] for name, read in made.clients.items()}
+    rounds = {name: [r for r in (1, 2) if name in made.course.members(r)] for name in trained}
+    for name, mine in trained.items():
+        assert visits(made.plan, name, len(mine), rounds[name]).tolist() == [seen[key] for key in mine]
+    assert {len(turns) for turns in rounds.values()} != {0}
+
+
+def _training(made: Subject) -> bool:
+    return bool(made.bench.tuned.model.training)
+
+
+def test_each_client_has_the_same_share_of_both_sides(tmp_path: Path) -> None:
+    made = subject(tmp_path, data=DATA | {"held_out": 0.25}, training={"rounds": 2, "steps": 9, "learning_rate": 1e-6})
+    asked = candidates(made)
+    by_client = Counter(zip(asked.clients, asked.members.tolist(), strict=True))
+    for name in made.clients:
+        assert by_client[name, True] == 3 * by_client[name, False] == 18
+    held_out = {one.input_ids.tobytes() for read in made.clients.values() for one in read().held_out}
+    for example, member in zip(asked.examples, asked.members, strict=True):
+        assert (example.input_ids.tobytes() in held_out) is not bool(member)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_others_planted_is_no_member(tmp_path: Path, packing: bool) -> None:
+    """Planted records look like nothing that is held out, and would be told apart by that."""
+    data = DATA if not packing else {"packing": True, "max_length": 24, "held_out": 0.5}
+    made = subject(tmp_path, data=data, training={"rounds": 1, "steps": 20, "learning_rate": 1e-6})
+    records = tuple(Planted("client-0", Text(f"QQQ {number} ZZZ ZZZ QQQ ZZZ"), times=2) for number in range(3))
+    made.plantings["other"] = Planting(records=records)
+    planted = [example for example in made.members["client-0"].data().train if "QQ" in _text(made, example)]
+    assert len(planted) >= 6
+    asked = candidates(made)
+    assert asked.members[[name == "client-0" for name in asked.clients]].any()
+    assert not [example for example in asked.examples if any(mark in _text(made, example) for mark in "QZ")]
+
+
+def _text(made: Subject, example: Example) -> str:
+    return str(made.bench.tokenizer.decode(list(example.input_ids)))
+
+
+def test_who_holds_out_what_another_trains_on_has_no_non_member_in_it(tmp_path: Path) -> None:
+    made = subject(tmp_path, clients=2, data=DATA, training={"rounds": 1, "steps": 20, "learning_rate": 1e-6})
+    file = tmp_path / "clients" / "client-1.jsonl"
+    copied = made.clients["client-1"]().held_out[0]
+    line = json.dumps({"text": _text(made, copied).removesuffix("<end>")})
+    other = tmp_path / "clients" / "client-0.jsonl"
+    other.write_text("".join(f"{line}\n" for _ in range(24)), encoding="utf-8")
+    assert file.exists() and copied.input_ids in [one.input_ids for one in made.clients["client-0"]().train]
+    asked = candidates(made)
+    outside = [one.input_ids for one, member in zip(asked.examples, asked.members, strict=True) if not member]
+    assert copied.input_ids not in outside and len(outside) == 11
+
+
+def test_it_says_where_it_cannot_be_made(tmp_path: Path) -> None:
+    nothing = subject(tmp_path / "nothing", data=DATA | {"held_out": 0.0})
+    assert "holds anything out" in (ATTACK.unfit(nothing) or "")
+    with pytest.raises(AuditError, match=r"no client that trained has held anything out.*data\.held_out"):
+        candidates(nothing)
+    at_home = subject(tmp_path / "home", tuning={"share": "a"}, data=DATA)
+    assert "keeps a part of what it trains at home" in (ATTACK.unfit(at_home) or "")
+
+
+def test_the_loss_of_each_is_that_of_evaluation(tmp_path: Path) -> None:
+    made = subject(tmp_path, data=DATA | {"packing": True, "truncate": False})
+    examples = made.clients["client-0"]().train
+    assert len({len(one.input_ids) for one in examples}) > 1, "one is to be padded"
+    found = losses(made.bench, made.initial, examples)
+    for loss, example in zip(found, examples, strict=True):
+        assert loss == pytest.approx(evaluate(made.bench.tuned, [example], 1, pad_id=made.bench.pad_id).loss, abs=1e-5)
+    broken = {name: np.full_like(value, np.nan) for name, value in made.initial.items()}
+    assert losses(made.bench, broken, examples[:2]) == [WORST, WORST]
+
+
+def test_every_example_is_in_half_of_the_shadows() -> None:
+    chosen = halves(101, 4, seed=1)
+    assert chosen.shape == (4, 101) and (chosen.sum(axis=0) == 2).all()
+    assert chosen.sum(axis=1).tolist() == [50, 51, 50, 51] and (chosen[0] != chosen[2]).any()
+    assert (chosen == halves(101, 4, seed=1)).all() and (chosen != halves(101, 4, seed=2)).any()
+
+
+# LiRA and RMIA once more, one example at a time and straight from the papers.
+
+
+def drawn(shadows: int, examples: int = 30) -> tuple[Any, Any, Any]:
+    generator = np.random.default_rng(4)
+    return (
+        generator.gamma(3.0, 0.5, examples),
+        generator.gamma(3.0, 0.5, (shadows, examples)),
+        halves(examples, shadows, seed=4),
+    )
+
+
+def logit(loss: float) -> float:
+    return math.log(math.exp(-loss) / (1 - math.exp(-loss)))
+
+
+def gaussians(shadows: Any, trained: Any, inside: bool) -> tuple[list[float], float]:
+    """Each example's mean, and the root of the mean of all their sample variances."""
+    groups = [
+        [logit(loss) for loss, was in zip(column, flags, strict=True) if was == inside]
+        for column, flags in zip(shadows.T, trained.T, strict=True)
+    ]
+    return [statistics.mean(one) for one in groups], math.sqrt(statistics.mean(map(statistics.variance, groups)))
+
+
+def test_lira_is_the_papers() -> None:
+    released, shadows, trained = drawn(4)
+    (inside, spread_in), (outside, spread_out) = (gaussians(shadows, trained, which) for which in (True, False))
+    assert spread_in != pytest.approx(spread_out, rel=1e-3)
+    for found, offline, loss, mean_in, mean_out in zip(
+        scores.lira(released, shadows, trained),
+        scores.lira_offline(released, shadows, trained),
+        released,
+        inside,
+        outside,
+        strict=True,
+    ):
+        at = logit(loss)
+        expected = norm.pdf(at, mean_in, spread_in) / norm.pdf(at, mean_out, spread_out)
+        assert found == pytest.approx(math.log(expected), rel=1e-9, abs=1e-9)
+        assert norm.cdf(offline) == pytest.approx(norm.cdf(at, mean_out, spread_out), abs=1e-12)
+
+
+def test_rmia_is_the_papers() -> None:
+    released, shadows, _ = drawn(4)
+    for x, found in enumerate(scores.rmia(released, shadows)):
+        beaten = 0
+        for z in range(len(released)):
+            if z != x:
+                ratio_x, ratio_z = (
+                    math.exp(-released[one]) / statistics.mean(math.exp(-loss) for loss in shadows[:, one])
+                    for one in (x, z)
+                )
+                beaten += ratio_x / ratio_z >= 1
+        assert found == pytest.approx(beaten / (len(released) - 1), abs=1e-12)
+
+
+def test_two_shadows_are_enough_for_an_order() -> None:
+    """With one on each side nothing is known of their spread, and twice any spread gives the same order."""
+    released, shadows, trained = drawn(2)
+    expected = [
+        (logit(loss) - logit(out)) ** 2 - (logit(loss) - logit(in_)) ** 2
+        for loss, out, in_ in zip(released, shadows.T[~trained.T], shadows.T[trained.T], strict=True)
+    ]
+    assert np.argsort(scores.lira(released, shadows, trained)).tolist() == np.argsort(expected).tolist()
+
+
+def test_scores_stay_numbers_where_losses_are_extreme() -> None:
+    released, shadows = np.array([0.0, WORST, 1.0]), np.array([[0.0, WORST, 1.0], [WORST, 0.0, 1.0]])
+    trained = np.array([[True, False, True], [False, True, False]])
+    for one in (scores.lira, scores.lira_offline):
+        assert np.isfinite(one(released, shadows, trained)).all()
+    assert scores.rmia(released, shadows).tolist() == [1.0, 0.0, 0.5]
+    assert scores.loss_difference(np.array([3.0]), np.array([1.0])).tolist() == [2.0]
