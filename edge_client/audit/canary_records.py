@@ -105,7 +105,7 @@ def _cut(example: Example, size: int) -> Example:
 
 
 def _new(subject: Subject, rare: Sequence[int], generator: random.Random) -> str:
-    """Rare tokens in a row, of which the tokenizer makes the same tokens again; single words of them, where none are."""
+    """Rare tokens in a row, of which the tokenizer makes the same tokens again; as words, where it never does."""
     tokenizer = subject.bench.tokenizer
     for _ in range(_TRIES):
         chosen = generator.sample(rare, min(_TOKENS, len(rare)))

@@ -1,0 +1,94 @@
+"""What scores of canaries come to: lower bounds on ε with their ceilings, held against what the Plan promises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farfield.protocols.audit import canaries
+from farfield.protocols.audit.canaries import OneRunBound
+from farfield.protocols.seeds import derive
+
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """Canaries that are put in one order: a score of each, and whether it was in the run."""
+
+    name: str
+    scores: NDArray[np.float64]
+    included: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The bounds of one level, records or clients.
+
+    Attributes:
+        bound: with no assumption about the mechanism; the best of the level's rankings.
+        sharper: the same for a mechanism that claims to be as good as Gaussian noise.
+        ranking: the name of the one that gave `bound`.
+        claimed: ε that the Plan promises at this level; None where it promises none.
+    """
+
+    bound: OneRunBound
+    sharper: OneRunBound
+    ranking: str
+    claimed: float | None
+
+    @property
+    def beyond_chance(self) -> bool:
+        return self.bound.epsilon > 0
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the Plan's promise is."""
+        return self.claimed is not None and self.bound.epsilon > self.claimed
+
+    @property
+    def refutable(self) -> bool:
+        """Whether so many canaries could have refuted the Plan's promise at all."""
+        return self.claimed is not None and max(self.bound.ceiling, self.sharper.ceiling) > self.claimed
+
+    @property
+    def leak(self) -> bool:
+        """More right guesses than coins give; a promise excuses them if it stood the test, and the test was one."""
+        return self.beyond_chance and (self.refuted or not self.refutable)
+
+
+def measured(rankings: Sequence[Ranking], *, delta: float, claimed: float | None, seed: int, tests: int) -> Measured:
+    """The best bound of these rankings.
+
+    Args:
+        tests: how many rankings there are in the whole finding. Each gets an equal part of the error (Bonferroni), so
+            that all of their bounds hold together, at 95 %.
+    """
+    confidence = 1 - (1 - CONFIDENCE) / tests
+    lots = derive(seed, "canaries", "lots")
+
+    def audited(one: Ranking, claim: canaries.Claim) -> OneRunBound:
+        return canaries.audit(one.scores, one.included, delta=delta, claim=claim, confidence=confidence, seed=lots)
+
+    plain = {one.name: audited(one, "(ε, δ)-DP") for one in rankings}
+    best = max(plain, key=lambda name: plain[name].epsilon)
+    sharper = max((audited(one, "Gaussian DP") for one in rankings), key=lambda bound: bound.epsilon)
+    return Measured(plain[best], sharper, best, claimed)
+
+
+def together(name: str, kinds: Sequence[Ranking]) -> Ranking:
+    """Several kinds in one order: each kind's scores with mean 0 and variance 1, one kind after the other."""
+    return Ranking(
+        name,
+        np.concatenate([_standardised(one.scores) for one in kinds]),
+        np.concatenate([one.included for one in kinds]),
+    )
+
+
+def _standardised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    spread = float(scores.std())
+    return (scores - scores.mean()) / spread if spread else np.zeros_like(scores)
