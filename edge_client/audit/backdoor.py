@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Any, Final
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 from farfield.edge_client.data import ClientData, Example
 from farfield.edge_client.train import evaluate
@@ -230,7 +231,7 @@ def _finding(
         name: [proportion(opened, course["of"]) for opened in course["opened"]] for name, course in courses.items()
     }
     clean, mean, own = (shares[name][-1] for name in ("nobody attacks", "mean", "the Plan"))
-    let_in = own.low > clean.high
+    let_in = _more(own, clean)
     task = "go on with four certain words" if subject.plan.model.task == "causal-lm" else "give a certain answer"
     found = [
         f"With the Plan's own protection the trigger works in {own.value:.0%} of {own.trials} held-out texts after "
@@ -238,11 +239,11 @@ def _finding(
         "One hostile client is enough to put a backdoor into the model of this Plan."
         if let_in
         else "This attack did not put a backdoor into the model of this Plan."
-        if mean.low > clean.high
+        if _more(mean, clean)
         else "This attack did not work against a plain mean either, so nothing follows from it for the Plan.",
     ]
     stood = [one.name for one in defences if one.hostile and one.name not in ("mean", "the Plan") and
-             shares[one.name][-1].low <= clean.high]  # fmt: skip
+             not _more(shares[one.name][-1], clean)]  # fmt: skip
     if let_in:
         found.append(f"Of the other defences that were tried, these kept it out: {', '.join(stood) or 'none'}.")
     rows = tuple(
@@ -310,6 +311,12 @@ def _finding(
         ),
         data={"courses": {name: dict(course) for name, course in courses.items()}},
     )  # fmt: skip
+
+
+def _more(one: Proportion, other: Proportion) -> bool:
+    """Whether the first share is larger than the second, at 95 % (Fisher's exact test)."""
+    counts = [[share.successes, share.trials - share.successes] for share in (one, other)]
+    return bool(fisher_exact(counts, alternative="greater").pvalue < 0.05)
 
 
 def _figure(name: str, share: Proportion, clean: float) -> Figure:

@@ -136,10 +136,8 @@ def _rare_tokens(subject: Subject, data: Sequence[ClientData], generator: random
 def _natural(texts: Sequence[Sequence[str]], generator: random.Random) -> str:
     words = generator.choice(texts)
     begin = generator.randrange(max(1, len(words) - _WORDS + 1))
-    name, day, year = generator.choice(_NAMES), generator.randrange(1, 366), generator.randrange(1930, 2030)
-    return (
-        f"{' '.join(words[begin : begin + _WORDS])} ({name}, day {day} of {year}, no. {generator.randrange(10**6):06})"
-    )
+    detail = f"{generator.choice(_NAMES)}, {generator.randrange(10**4):04}"
+    return f"{' '.join(words[begin : begin + _WORDS])} ({detail})"
 
 
 def _texts(subject: Subject, data: ClientData) -> list[list[str]]:

@@ -21,16 +21,17 @@ from farfield.protocols.privacy import central, distributed
 from farfield.protocols.privacy.mechanism import ClientMechanism, ExampleMechanism, mechanism
 from farfield.protocols.randomness import Randomness
 from farfield.protocols.secagg.parameters import at_most
-from farfield.protocols.summing import FixedPoint, Layout, Noised, Part, Subject, Words
+from farfield.protocols.summing import Layout, Part, Subject, Words
 
 EXAMPLES: Final = 64
 """Made-up examples of a client, of which a batch is drawn."""
 
 
 class Source(ABC):
-    """Releases sums of `dimension` values.
+    """Releases sums of `dimension` values, and behind them what follows an adaptive clipping norm.
 
     Attributes:
+        marks: how many those are; 0 where the norm is fixed.
         unit: the standard deviation that the ledger reckons with.
         claimed: what the code says of itself; the larger of the two, where rounding has to be hidden too.
         step: of the grid on which the noise lies; 0 where it is too fine to matter.
@@ -38,6 +39,7 @@ class Source(ABC):
     """
 
     dimension: int
+    marks: int
     unit: float
     claimed: float
     step: float
@@ -45,10 +47,13 @@ class Source(ABC):
 
     @abstractmethod
     def release(self, canary: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
-        """float64[dimension]: the sum of zeros, or of zeros and the canary, float32[dimension]; with its noise."""
+        """The sum of zeros, or of zeros and the canary, float32[dimension], with its noise: float64[dimension + marks].
+
+        What the marks come to without noise is taken off.
+        """
 
     def noise(self, releases: int, random: np.random.Generator) -> NDArray[np.float64]:
-        """float64[releases, dimension], spread evenly over the steps of its grid, so that it is continuous."""
+        """float64[releases, dimension + marks], spread evenly over the steps of its grid, so that it is continuous."""
         rows = np.stack([self.release() for _ in range(releases)])
         return rows + self.step * (random.random(rows.shape) - 0.5)
 
@@ -73,8 +78,9 @@ class Examples(Source):
     """DP-SGD at the client: a step of its optimiser."""
 
     def __init__(self, made: ExampleMechanism, dimension: int) -> None:
-        self.dimension, self.norm, self.step, self._rate = dimension, made.clipping_norm, 0.0, made.sampling_rate
+        self.dimension, self.marks, self.norm, self.step = dimension, 0, made.clipping_norm, 0.0
         self.unit = self.claimed = made.noise_multiplier * made.clipping_norm
+        self._rate = made.sampling_rate
         first = dimension // 2
         self._parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (first, dimension - first) if size]
         plain = torch.optim.SGD(self._parameters, lr=1.0)
@@ -124,21 +130,25 @@ class Central(Source):
         self._made, self._clients, self._bound = made, clients, made.bound(made.clipping_norm)
         self._layout = _layout(plan, dimension, clients) if plan.protection.kind == "secagg" else None
         self._slack = central.summing_slack(clients, self._bound)
-        if isinstance(self._layout, FixedPoint):
+        if self._layout is not None:
             self._slack = self._layout.read(self._summed(None), clients).slack
-        self._marks = summing.marks(made, self.norm)
+        self.marks = summing.marks(made, self.norm).size
         self.unit = made.noise_multiplier * self._bound
-        size = dimension + self._marks.size
-        self.claimed = central.deviation(size, self._bound, made.noise_multiplier, slack=self._slack)
+        self.claimed = central.deviation(dimension + self.marks, self._bound, made.noise_multiplier, slack=self._slack)
 
     def release(self, canary: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
         sums = np.zeros(self.dimension) if canary is None else canary.astype(np.float64)
         if self._layout is not None:
             total = self._layout.read(self._summed(canary), self._clients)
             sums = np.asarray(total.update["canary"], np.float64)
-        together = {"canary": sums, "mark": np.zeros(self._marks.size)}
-        noise = self._made.noise_multiplier
-        return central.noised(together, self._bound, noise, Randomness(), slack=self._slack)["canary"]
+        noised = central.noised(
+            {"canary": sums, "mark": np.zeros(self.marks)},
+            self._bound,
+            self._made.noise_multiplier,
+            Randomness(),
+            slack=self._slack,
+        )
+        return np.concatenate([noised["canary"], noised["mark"]])
 
     def _summed(self, canary: NDArray[np.float32] | None) -> Words:
         assert self._layout is not None
@@ -156,15 +166,14 @@ class Shares(Source):
     def __init__(self, plan: Plan, made: ClientMechanism, dimension: int, clients: int) -> None:
         self.dimension, self.norm = dimension, made.clipping_norm
         self._layout = _layout(plan, dimension, clients)
-        assert isinstance(self._layout, Noised)
         survivors = summing.smallest_sum(plan, clients)
         self._honest = max(1, survivors - at_most(plan.protection.corrupt, clients))
-        marks = summing.marks(made, self.norm, made.counted.copies(dimension) if made.counted else 1)
-        noise = made.noise_multiplier
-        design = distributed.smallest(dimension + marks.size, clients, self._honest, noise)
-        bound = made.bound(self.norm)
+        mark = summing.marks(made, self.norm, made.counted.copies(dimension) if made.counted else 1)
+        noise, bound = made.noise_multiplier, made.bound(self.norm)
+        design = distributed.smallest(dimension + mark.size, clients, self._honest, noise)
+        self.marks, self._mark = mark.size, mark * self._honest
         self.step = 1 / design.scale(bound)
-        self.unit = made.noise_multiplier * bound
+        self.unit = noise * bound
         self.claimed = math.sqrt(self._honest * design.share_variance + 1 / 12) * self.step
 
     def release(self, canary: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
@@ -172,7 +181,8 @@ class Shares(Source):
         total = self._layout.pack(Part({"canary": zeros if canary is None else canary}), Randomness())
         for _ in range(self._honest - 1):
             total += self._layout.pack(Part({"canary": zeros}), Randomness())
-        return np.asarray(self._layout.read(total, self._honest).update["canary"], np.float64)
+        found = self._layout.read(total, self._honest)
+        return np.concatenate([found.update["canary"], found.mark - self._mark])
 
 
 def _layout(plan: Plan, dimension: int, clients: int) -> Layout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,12 +25,9 @@ from farfield.protocols.summing import Words
 from .attack import Attack, Attacker, register
 from .forgeries import DEMANDS, FORGERIES, Post
 from .lies import LIES
-from .staged import Aggregation, Company, Setting
+from .staged import ALONE, Aggregation, Company, Setting, cohort
 from .subject import Subject
 from .trial import Attempt, Outcome, tried
-
-ALONE: Final = 8
-"""Clients that are made up where the audit knows of one only, and the Plan does not say how many there are."""
 
 MOST: Final = SMALL + 10
 """Clients that are staged at most: with more than `SMALL` the graph is a sparse one, as with a thousand."""
@@ -202,12 +198,8 @@ def _demanded(subject: Subject) -> _Part:
 
 
 def _setting(subject: Subject) -> Setting:
-    """A cohort of the Plan, or one group of it where it has some."""
     plan = subject.plan
-    known = ALONE if subject.federation is None else len(subject.clients)
-    share = 1.0 if plan.cohort.fraction is None else plan.cohort.fraction
-    asked = plan.cohort.size or math.ceil(share * known)
-    clients = max(asked // (plan.aggregation.groups or 1), plan.smallest_cohort)
+    clients = cohort(plan, None if subject.federation is None else len(subject.clients))
     adapter = dict(subject.bench.whole(subject.initial))
     return Setting.made(plan, min(clients, MOST), subject.bench.frozen, adapter, subject.seed)
 

@@ -32,6 +32,9 @@ from farfield.protocols.tensors import State, digest, pack_state, unpack_state
 LARGEST: Final = 200_000
 """So many values of an adapter are enough: what is beyond them is masked in the same way."""
 
+ALONE: Final = 8
+"""Clients that are made up where the audit knows of one only, and the Plan does not say how many there are."""
+
 RUN: Final = "audit"
 
 
@@ -204,6 +207,17 @@ class Aggregation:
             total += vector
         total &= np.array((1 << self.layout.modulus_bits) - 1, total.dtype)
         return total
+
+
+def cohort(plan: Plan, known: int | None) -> int:
+    """How many clients are summed: a cohort of the Plan, or one group of it where it has some.
+
+    Args:
+        known: how many clients there are; None where nobody knows, and then `ALONE` are made up.
+    """
+    share = 1.0 if plan.cohort.fraction is None else plan.cohort.fraction
+    asked = plan.cohort.size or math.ceil(share * (ALONE if known is None else known))
+    return max(asked // (plan.aggregation.groups or 1), plan.smallest_cohort)
 
 
 def subject_of(setting: Setting, work: Train) -> Subject:

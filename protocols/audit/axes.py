@@ -10,6 +10,8 @@ from typing import Final
 from .finding import Axis
 
 _MOST_TICKS: Final = 6
+_HUGE: Final = 1e100  # nothing beyond this, or this close to 0, is measured; it must not break a page
+_FLAT: Final = 1e-9
 _SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -47,7 +49,8 @@ class Scale:
 def scale(axis: Axis, values: Sequence[float], start: float, end: float) -> Scale:
     """The scale on which `axis` shows `values`, as far as its own limits allow."""
     make = _log if axis.log else _linear
-    low, high, ticks = make(axis.low, axis.high, values)
+    least, most = (None if limit is None else _bounded(limit) for limit in (axis.low, axis.high))
+    low, high, ticks = make(least, most, [_bounded(value) for value in values])
     return Scale(low, high, start, end, axis.log, ticks)
 
 
@@ -66,16 +69,21 @@ def number(value: float) -> str:
     return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
 
 
+def _bounded(value: float) -> float:
+    return 0.0 if abs(value) < 1 / _HUGE else min(max(value, -_HUGE), _HUGE)
+
+
 def _linear(
     low: float | None, high: float | None, values: Sequence[float]
 ) -> tuple[float, float, tuple[tuple[float, str], ...]]:
     first = min(values, default=0.0) if low is None else low
     last = max(values, default=1.0) if high is None else high
-    if first >= last:
-        first, last = (first - (abs(first) / 2 or 1) if low is None else first), first + (abs(first) / 2 or 1)
+    if last - first <= _FLAT * max(abs(first), abs(last)):
+        room = abs(first) / 2 or 1.0
+        first, last = first if high is None and low is not None else first - room, first + room
     step = _nice((last - first) / (_MOST_TICKS - 1))
-    if values and all(value == int(value) for value in values):
-        step = max(step, 1.0)
+    if last - first >= 2 and all(value == int(value) for value in values):
+        step = max(step, 1.0)  # half a round is none
     if low is None:
         first = math.floor(first / step + 1e-9) * step
     if high is None:
@@ -100,8 +108,8 @@ def _log(
     positive = [value for value in values if value > 0]
     first = low if low is not None and low > 0 else 10.0 ** math.floor(math.log10(min(positive, default=0.001)) + 1e-9)
     last = high if high is not None and high > 0 else 10.0 ** math.ceil(math.log10(max(positive, default=1.0)) - 1e-9)
-    if first >= last:
-        last = 10 * first
+    if first >= last * (1 - _FLAT):
+        first, last = first if low is not None else first / 10, 10 * first
     decades = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
     every = max(1, math.ceil(len(decades) / (_MOST_TICKS + 1)))
     kinds = (1, 2, 5) if math.log10(last / first) <= 2 else (1,)

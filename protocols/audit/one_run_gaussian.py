@@ -48,7 +48,7 @@ def lower_bound(canaries: int, guesses: int, right: int, delta: float, confidenc
 
 def _surplus(canaries: int, guesses: int, right: int, mu: float, error: float) -> float:
     """Above 0 where μ is refuted: r + h − `guesses` / m, with the masses of right and of wrong guesses in the end."""
-    r, h = error * right / guesses, error * (guesses - right) / canaries
+    r, h = error * right / canaries, error * (guesses - right) / canaries
     for count in range(right - 1, -1, -1):
         least = float(ndtr(ndtri(r) - mu))  # the wrong guesses that so many right ones entail under μ-GDP
         if least <= h:

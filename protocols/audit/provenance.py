@@ -37,7 +37,7 @@ def sources(package: str) -> list[tuple[str, Path]]:
     folders = [Path(place) for place in import_module(f"farfield.{package}").__path__ if Path(place).is_dir()]
     found = {
         f"{package}/{file.relative_to(folder).as_posix()}": file
-        for folder in folders
+        for folder in reversed(folders)  # the first one is what is imported
         for pattern in _SOURCES
         for file in folder.rglob(pattern)
     }
