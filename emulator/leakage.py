@@ -141,11 +141,15 @@ class Leakage:
     turns: int = 1
 
     @property
+    def failures(self) -> tuple[str, ...]:
+        """In what it protects nothing, each as the end of a sentence that says so; empty if it keeps some back."""
+        return (*_given_away(self.disclosed), *(_as_good(self.losses, self.budget) if self.losses else ()))
+
+    @property
     def verdict(self) -> tuple[str, ...]:
         """What it comes to, in sentences. They claim no more than was measured."""
-        failures = (*_given_away(self.disclosed), *(_as_good(self.losses, self.budget) if self.losses else ()))
-        if failures:
-            return tuple(f"This emulator protects nothing{one}" for one in failures)
+        if self.failures:
+            return tuple(f"This emulator protects nothing{one}" for one in self.failures)
         given = self.disclosed.whole.given
         others = (
             (f"Clients get {self.turns} emulators that take turns, and this is about the first of them alone.",)

@@ -107,7 +107,7 @@ def _plan(subject: Subject, clients: int) -> Plan:
         training={"rounds": rounds, "steps": min(STEPS, plan.training.steps or STEPS), "epochs": None},
         # Shares of distributed noise are for the fewest clients a round may end with, and come to more with others.
         cohort={"size": None, "fraction": None, "minimum": clients, "over_selection": 0.0},
-        evaluation={"every": rounds, "clients": 1, "examples": 1},
+        evaluation={"every": rounds, "clients": clients, "examples": 1},
         privacy={
             "target_epsilon": None,
             "noise_multiplier": made.noise_multiplier,

@@ -23,11 +23,12 @@ def attacker(subject: Subject, clients: ClientCanaries | None) -> str:
 
 def tried(subject: Subject, drawn: Canaries, seen: Sequence[float], clients: ClientCanaries | None) -> tuple[str, ...]:
     put_in = [times for one, times in zip(drawn.canaries, seen, strict=True) if one.included]
-    missed = sum(not times for times in put_in) or "none"
+    missed = sum(not times for times in put_in)
+    never = f"{missed} of them never" if missed else "each at least once"
     times = (
         f"was in {sum(put_in) / len(put_in):.2g} batches on average, which are drawn truly at random"
         if subject.plan.privacy.kind == "example"
-        else f"was trained on {sum(put_in) / len(put_in):.2g} times on average, and {missed} of them not at all"
+        else f"was trained on {sum(put_in) / len(put_in):.2g} times on average, {never}"
     )
     said = [
         f"{len(drawn.canaries)} canary records were made for this audit, half of them rows of tokens that the clients' "

@@ -72,7 +72,7 @@ def limits(subject: Subject) -> tuple[str, ...]:
 
 def _guesses(bits: float) -> str:
     count = round(2 ** (MAXIMUM - bits))
-    return "one guess" if count <= 1 else f"about {count:,} guesses"
+    return "about one guess" if count <= 1 else f"about {count:,} guesses"
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -66,7 +66,7 @@ class Membership(Attack):
             BLIND: -initial,
         }
         results = {name: result(score[asked.members], score[~asked.members]) for name, score in scores.items()}
-        leak = results[RMIA].area.low > max(0.5, results[BLIND].area.value)
+        leak = shown.leaks(results)
         alone = subject.federation is None
         return Finding(
             attack=self.name,

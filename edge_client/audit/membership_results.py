@@ -50,6 +50,11 @@ def result(members: Floats, non_members: Floats) -> Result:
     return Result(roc(members, non_members), auc(members, non_members), rates)
 
 
+def leaks(results: Mapping[str, Result]) -> bool:
+    """Whether RMIA does better than guessing, at 95 %, and than the loss before training does of itself."""
+    return results[RMIA].area.low > max(0.5, results[BLIND].area.value)
+
+
 def figures(results: Mapping[str, Result]) -> tuple[Figure, ...]:
     areas = [
         Figure(

@@ -1,4 +1,4 @@
-"""Axes of a plot: which values they span, where their ticks are, and how a number is written on them."""
+"""Axes of a plot: which values they span, and where their ticks are."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from .finding import Axis
+from .wording import number
 
 _MOST_TICKS: Final = 6
 _HUGE: Final = 1e100  # nothing beyond this, or this close to 0, is measured; it must not break a page
 _FLAT: Final = 1e-9
-_SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +52,6 @@ def scale(axis: Axis, values: Sequence[float], start: float, end: float) -> Scal
     least, most = (None if limit is None else _bounded(limit) for limit in (axis.low, axis.high))
     low, high, ticks = make(least, most, [_bounded(value) for value in values])
     return Scale(low, high, start, end, axis.log, ticks)
-
-
-def number(value: float) -> str:
-    """To four digits at most, as a person writes it: "1,200", "0.05", "−3.2", "2×10⁻⁷"."""
-    if not value:
-        return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if -4 <= exponent < 7:
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        if "e" not in text:
-            return text.replace("-", "−")
-    mantissa, _, power = f"{value:.2e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".").replace("-", "−")
-    power = str(int(power)).translate(_SUPERSCRIPTS)
-    return f"10{power}" if mantissa == "1" else f"{mantissa}×10{power}"
 
 
 def _bounded(value: float) -> float:

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .axes import number
 from .report import Report
+from .wording import epsilon, number, sentence
 
 Answer: TypeAlias = tuple[str, str]
 """A question in a word or two, and the answer in sentences."""
@@ -36,17 +36,6 @@ def chapters(report: Report) -> tuple[Chapter, ...]:
         Chapter("Trust and threats", (_trust(report, plan), _threats(report), _side_channels(report))),
         Chapter("Data and access", (_exposure(report, plan), _access(plan), _uncovered(report))),
     )
-
-
-def epsilon(value: float | None, delta: float) -> str:
-    """ε at δ, as text."""
-    return f"{'no finite ε' if value is None else f'ε = {number(value)}'} at δ = {number(delta)}"
-
-
-def sentence(clause: str) -> str:
-    """A clause as a sentence of its own. A symbol stays as it is: Ε is not ε."""
-    first = clause[:1].upper() if clause[:1].isascii() else clause[:1]
-    return f"{first}{clause[1:].rstrip('.')}."
 
 
 def _parameters(report: Report) -> Answer:

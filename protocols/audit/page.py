@@ -15,10 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import svg
-from .axes import number
 from .finding import Figure, Finding, Interval, Plot, Table
-from .guarantee import chapters, epsilon, sentence
+from .guarantee import chapters
 from .report import Report
+from .wording import epsilon, number, printable, sentence
 
 VERDICTS: Final = {
     "leak": ("▲", "Leak found"),
@@ -153,7 +153,7 @@ def _kept_together(value: object) -> object:
     """Text in which no line ends before a percent sign, or within "ε = 8"."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return value.replace(" %", "\u00a0%").replace("ε = ", "ε\u00a0=\u00a0").replace("δ = ", "δ\u00a0=\u00a0")
+    return printable(value).replace(" %", "\u00a0%").replace("ε = ", "ε\u00a0=\u00a0").replace("δ = ", "δ\u00a0=\u00a0")
 
 
 def _part(one: Finding, name: str) -> Part:

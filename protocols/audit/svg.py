@@ -6,14 +6,15 @@ elsewhere. Series differ in colour, dashes and markers, so that no one needs the
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Final, TypeAlias
 
-from .axes import Scale, number, scale
+from .axes import Scale, scale
 from .finding import Mark, Plot, Series
+from .wording import number, printable
 
 Point: TypeAlias = tuple[float, float]
 
@@ -141,7 +142,7 @@ def bounds(rows: Sequence[Bound], title: str, name: str) -> str:
 def _svg(name: str, title: str, told: str, height: float, inner: str) -> str:
     return (
         f'<svg class="plot" role="img" viewBox="0 0 {WIDTH} {height:g}" aria-labelledby="{name}-t {name}-d">'
-        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(told)}</desc>{inner}</svg>'
+        f'<title id="{name}-t">{_escaped(title)}</title><desc id="{name}-d">{_escaped(told)}</desc>{inner}</svg>'
     )
 
 
@@ -257,7 +258,12 @@ def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
 
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_escaped(words)}</text>'
+
+
+def _escaped(words: str) -> str:
+    """For XML, which has no place for control characters, however they are written."""
+    return html.escape(printable(words))
 
 
 def _cut(words: str, width: float) -> str:

@@ -16,6 +16,7 @@ from .promise import Promise, promise
 from .provenance import code_digest, release
 from .report import Report, Sealed
 from .spending import Spending
+from .wording import epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _accounting(report: Report, kinds: TuningKinds) -> Check:
     if wrong := _differences(claimed, found):
         return Check("accounting", False, "; ".join(wrong))
     by = "" if claimed.accountant == found.accountant else f", by {found.accountant} here"
-    return Check("accounting", True, f"{_epsilon(found.epsilon, found.delta)} for one {found.unit}, as claimed{by}")
+    return Check("accounting", True, f"{epsilon(found.epsilon, found.delta)} for one {found.unit}, as claimed{by}")
 
 
 def _differences(claimed: Promise, found: Promise) -> list[str]:
@@ -146,19 +147,15 @@ def _in_chain(said: Spending, file: Path) -> Check:
         spent = Ledger(before).total(said.population, said.delta, said.unit).epsilon
     if upto != said.entries:
         return Check("ledger", False, f"the head is line {upto}, and the report says that there were {said.entries}")
-    epsilon = spent if math.isfinite(spent) else None
-    if not _close(epsilon, said.epsilon):
-        told, here = _epsilon(said.epsilon, said.delta), _epsilon(epsilon, said.delta)
+    found = spent if math.isfinite(spent) else None
+    if not _close(found, said.epsilon):
+        told, here = epsilon(said.epsilon, said.delta), epsilon(found, said.delta)
         return Check("ledger", False, f"the report says {told} was spent by one {said.unit}, and it comes to {here}")
     more = f", and {after - upto} lines were written since" if after > upto else ""
-    return Check("ledger", True, f"{_epsilon(epsilon, said.delta)} spent by one {said.unit} up to its head{more}")
+    return Check("ledger", True, f"{epsilon(found, said.delta)} spent by one {said.unit} up to its head{more}")
 
 
 def _close(one: float | None, other: float | None) -> bool:
     if one is None or other is None:
         return one is other
     return math.isclose(one, other, rel_tol=1e-6)
-
-
-def _epsilon(epsilon: float | None, delta: float) -> str:
-    return f"{'no finite ε' if epsilon is None else f'ε = {epsilon:.4g}'} at δ = {delta:g}"

@@ -41,7 +41,7 @@ def clip(update: Mapping[str, NDArray[np.float32]], norm: float) -> tuple[dict[s
         raise PrivacyError("the update holds a value that is not finite", hint="Training diverged; nothing is sent.")
     if before <= norm:
         return {name: tensor.astype(np.float32) for name, tensor in update.items()}, before
-    factor = norm / before * (1 - 2.0**-22)
+    factor = np.float64(norm / before * (1 - 2.0**-22))  # of a huge update it is nothing that float32 holds exactly
     return {name: (tensor * factor).astype(np.float32) for name, tensor in update.items()}, before
 
 

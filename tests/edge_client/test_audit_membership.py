@@ -26,6 +26,18 @@ from farfield.edge_client.audit import membership_scores as scores
 from farfield.edge_client.audit.attack import registered
 from farfield.edge_client.audit.candidates import candidates, visits
 from farfield.edge_client.audit.losses import WORST, losses
+from farfield.edge_client.audit.membership_results import (
+    BLIND,
+    LIRA,
+    LOSS,
+    OFFLINE,
+    RMIA,
+    Result,
+    figures,
+    leaks,
+    result,
+)
+from farfield.edge_client.audit.membership_words import found
 from farfield.edge_client.audit.shadows import halves
 from farfield.edge_client.data import Example
 from farfield.edge_client.records import Text
@@ -113,8 +125,11 @@ def test_a_finding_holds_what_its_scores_follow_from(leaky: tuple[Subject, Findi
 def test_shadows_learn_their_own_half(leaky: tuple[Subject, Finding]) -> None:
     """If they did not, LiRA and RMIA would measure noise."""
     data: Any = leaky[1].data
-    found, trained = np.array(data["loss_shadows"]), np.array([list(row) for row in data["trained_by_shadow"]]) == "1"
-    for losses_, inside in zip(found, trained, strict=True):
+    measured, trained = (
+        np.array(data["loss_shadows"]),
+        np.array([list(row) for row in data["trained_by_shadow"]]) == "1",
+    )
+    for losses_, inside in zip(measured, trained, strict=True):
         assert losses_[inside].mean() < losses_[~inside].mean() - 0.1
 
 
@@ -136,6 +151,24 @@ def test_noise_in_which_nothing_is_learnt_leaves_it_at_chance(tmp_path: Path) ->
         area = figure(finding, "AUC, RMIA")
         assert area.interval.low <= max(0.5, figure(finding, "AUC, loss before training").value)
         assert "not shown to be better than guessing" in finding.found[0]
+
+
+def test_a_difference_that_was_there_before_is_no_leak() -> None:
+    """Members of another kind than non-members are told apart by any score, whatever was learnt."""
+    generator = np.random.default_rng(2)
+
+    def results(best: float, blind: float) -> dict[str, Result]:
+        shifts = {RMIA: best, LIRA: 0, OFFLINE: 0, LOSS: 0, BLIND: blind}
+        return {name: result(generator.normal(by, 1, 300), generator.normal(0, 1, 300)) for name, by in shifts.items()}
+
+    assert leaks(results(1.0, 0.0)) and leaks(results(2.0, 0.5)) and leaks(results(1.0, -1.0))
+    assert not leaks(results(0.0, 0.0)) and not leaks(results(-1.0, 0.0)) and not leaks(results(1.0, 1.2))
+    assert "differ of themselves, and what" in found(results(2.0, 0.5), leak=True)[-1]
+    assert "differ of themselves, and what" in found(results(2.0, -0.5), leak=True)[-1]
+    rates = figures(results(3.0, 0.0))
+    (rare,) = (one for one in rates if one.name == "members found at 1.0% false positives, RMIA")
+    assert rare.value is not None and rare.interval is not None and rare.interval.low is not None
+    assert 0.5 < rare.interval.low < rare.value < 0.95 and rare.note.startswith("3 of 300")
 
 
 def test_what_a_killed_audit_had_made_is_not_made_again(tmp_path: Path, leaky: tuple[Subject, Finding]) -> None:
@@ -174,7 +207,7 @@ def test_it_asks_about_labels_where_the_plan_learns_them(tmp_path: Path) -> None
     data = DATA | {"packing": None, "truncate": None}
     made = subject(tmp_path, labels=4, **LEARNS | {"data": data, "model": model})
     finding = ATTACK.run(made)
-    assert finding.verdict == "leak" and figure(finding, "AUC, RMIA").value > 0.8
+    assert finding.verdict == "leak" and figure(finding, "AUC, RMIA").value > 0.65
     assert max(finding.data["loss_initial"]) < 5  # type: ignore[type-var,arg-type] - of one label, not of a text
 
 

@@ -15,13 +15,16 @@ import numpy as np
 
 from farfield.edge_client import device, limit
 from farfield.edge_client.choice import Way
-from farfield.edge_client.data import ClassExample, Example, TokenExample
-from farfield.edge_client.train import evaluate, train
+from farfield.edge_client.data import ClassExample, ClientData, Example, TokenExample
+from farfield.edge_client.train import evaluate
+from farfield.edge_client.worker import Worker
 from farfield.emulator import methods
 from farfield.emulator.bench import Bench
 from farfield.protocols import plan as plans
 from farfield.protocols.errors import DeviceError
+from farfield.protocols.messages import Task, Train
 from farfield.protocols.plan import Plan
+from farfield.protocols.tensors import pack_state
 
 STEPS = 2
 
@@ -35,11 +38,9 @@ def work(plan: Plan, folder: Path, local: Plan) -> None:
     examples: list[Example] = [
         TokenExample(one, one) if plan.model.task == "causal-lm" else ClassExample(one, 1) for one in rows
     ]
-    start = bench.adapter()
-    bench.load(start)
-    settings = {"seed": 0, "steps": STEPS, "first_step": 0, "horizon": STEPS, "pad_id": bench.pad_id}
-    with bench.round(1):
-        train(bench.tuned, start, examples, local.training, **settings)  # type: ignore[arg-type]
+    worker = Worker("node", bench, lambda: ClientData(examples, []), used_up=True)
+    brought = Train(pack_state(bench.current(), plan.delivery.dtype))
+    worker.outcome(Task("run", 1, "node", plan.digest, brought, cohort=1))
     evaluate(bench.tuned, examples[: local.evaluation.batch_size], local.evaluation.batch_size, pad_id=bench.pad_id)
 
 

@@ -184,8 +184,8 @@ def test_it_trains_the_tensors_of_lora_with_a_frozen_and_adds_up_exactly() -> No
 def test_layers_that_add_in_place_compute_and_learn_what_pefts_own_do(family: str, dropout: float) -> None:
     tuned = installed(family, dropout=dropout)
     generator = torch.Generator().manual_seed(6)
-    for one in tuned.trainable().values():
-        one.data = 0.1 * torch.randn(one.shape, generator=generator)
+    for parameter in tuned.trainable().values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     layers = [module for module in tuned.model.modules() if isinstance(module, LoraLayer)]
     assert layers
     assert all(isinstance(layer.lora_variant["default"], FrozenFactor) for layer in layers)

@@ -67,7 +67,6 @@ def test_the_p_value_is_the_sum_of_the_theorem(m: int, data: st.DataObject, epsi
     assert one_run.p_value(m, r, v, epsilon, delta) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.integers(5, 300), st.data(), st.sampled_from([1e-9, DELTA, 1e-3]), st.sampled_from(BOUNDS))
 def test_bounds_grow_with_right_guesses_confidence_and_delta_as_they_must(
     m: int, data: st.DataObject, delta: float, bound: Callable[[int, int, int, float, float], float]
@@ -80,7 +79,7 @@ def test_bounds_grow_with_right_guesses_confidence_and_delta_as_they_must(
     assert bound(m, r, v, delta * 10, 0.95) <= found + 1e-8
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(20, 200), st.floats(0, 4), st.integers(0, 2**32), st.sampled_from(CLAIMS))
 def test_a_bound_is_never_above_its_ceiling(m: int, shift: float, seed: int, claim: Claim) -> None:
     random = np.random.default_rng(seed)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farfield.protocols.audit import svg
-from farfield.protocols.audit.axes import number, scale
+from farfield.protocols.audit.axes import scale
 from farfield.protocols.audit.finding import Axis, Mark, Plot, Series
+from farfield.protocols.audit.wording import number
 
 SVG = "{http://www.w3.org/2000/svg}"
 PLAIN = Axis(label="value")
