@@ -15,8 +15,8 @@ Both sides are whitened by what the vocabulary looks like there: embeddings crow
 would be ranked by how common they are instead of by the span.
 
 No method and no family is known by name. Which trained matrices are of either kind is found by running the model:
-whether a layer's input stays the same when the other tokens change, and how much of the gradient at its output is a
-fixed linear map of that at the head.
+whether a layer's input stays the same when the other tokens change, and how near the gradient at its output is to that
+at the head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SOFT: Final = 1e-2
 """Directions of less energy than this share of the largest count less and less, where a span is not."""
 
 AGREEMENT: Final = 0.3
-"""The share of a layer's output gradient that must follow from the head's for its columns to be looked at."""
+"""The least cosine between a layer's output gradient and the head's for its columns to be looked at."""
 
 PROBED: Final = 64
 """Tokens in each sequence that the model is watched with."""
@@ -60,7 +60,7 @@ class Site:
         name: of the parameter, in the update.
         transposed: it is stored as (in, out).
         clue: its rows (`read`) or its columns (`predicted`).
-        agreement: the share of the gradient at its output that follows from the head's; 1 for rows.
+        agreement: the cosine between the gradients at its output and at the head; 1 for rows.
     """
 
     name: str
@@ -71,7 +71,6 @@ class Site:
     def directions(self, update: State) -> torch.Tensor:
         """float64[count, width]: what spans the side that tells."""
         change = torch.from_numpy(update[self.name]).double()
-        change = change[:, None] if change.ndim == 1 else change
         rows = change.T if self.transposed else change
         return rows if self.clue == "read" else rows.T
 
@@ -92,32 +91,29 @@ class Table:
     def held(self, update: State) -> torch.Tensor | None:
         """float64[vocabulary]: how much of a token's square the update's span holds, at the position where it is most.
 
-        None where the update has nothing here, or spans everything alike: a layer whose B is zero gives its A nothing.
+        None where the update spans nothing here (a layer whose B is zero gives its A no gradient), or everything.
         """
-        found = [(site, site.directions(update)) for site in self.sites]
-        weighed = [rows * (site.agreement / norm) for site, rows in found if (norm := float(rows.norm())) > 0]
-        if not weighed:
+        rows = self._rows(update)
+        strength, basis = _spanned(rows)
+        if not len(basis):
             return None
-        _, strength, basis = torch.linalg.svd(torch.cat(weighed), full_matrices=False)
-        exact = self.sites[0].clue == "read"
-        if exact:
-            basis = basis[strength > EXACT * strength[0]]
+        if self.sites[0].clue == "read":
             if len(basis) == len(self.whitening):
-                exact, basis = False, torch.cat(weighed)
-        if not exact:
-            basis = torch.cat(weighed)
-        _, strength, basis = torch.linalg.svd(basis @ self.whitening, full_matrices=False)
-        weight = strength.square()
-        weight = (weight > 0).double() if exact else weight / (weight + SOFT * weight[0])
+                return None
+            _, basis = _spanned(basis @ self.whitening)
+            return (self.tokens @ basis.T).square().sum(-1).amax(0)
+        strength, basis = _spanned(rows @ self.whitening)
+        weight = strength.square() / (strength.square() + SOFT * strength[0].square())
         return ((self.tokens @ basis.T).square() @ weight).amax(0)
 
     def rank(self, update: State) -> int:
         """The dimensions of the span: so many distinct tokens are told exactly."""
-        rows = [found for site in self.sites if (found := site.directions(update)).any()]
-        if not rows:
-            return 0
-        strength = torch.linalg.svdvals(torch.cat([one / one.norm() for one in rows]))
-        return int((strength > EXACT * strength[0]).sum())
+        return len(_spanned(self._rows(update))[1])
+
+    def _rows(self, update: State) -> torch.Tensor:
+        """float64[count, width]: all that the sites span; each counts by its agreement, however large its change."""
+        found = [(site, site.directions(update)) for site in self.sites]
+        return torch.cat([rows * (site.agreement / max(float(rows.norm()), 1e-30)) for site, rows in found])
 
 
 class Inversion:
@@ -205,32 +201,33 @@ class Inversion:
 
         with ExitStack() as hooks:
             for owner in owners:
-                if owner.inputs:
-                    hooks.callback(owner.module.register_forward_pre_hook(watch(owner)).remove)
+                hooks.callback(owner.module.register_forward_pre_hook(watch(owner)).remove)
             run(self._model, _batch(ids))
         return seen
 
     def _predicting(self, owners: Sequence[_Owner]) -> Iterator[Table]:
-        """Tables of the layers whose output has the head's gradient, as it is or by a fixed map."""
+        """The table of the layers whose output has the head's gradient, scaled feature by feature as a norm does."""
         head = getattr(self._backbone, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Linear):  # a classifier's head tells classes, not tokens
             return
-        ids = self._drawn("gradients", 8, PROBED)
-        found, stream = self._gradients(owners, ids, head)
-        rows = head.weight.detach().double().cpu()
-        rows = rows - rows.mean(0)  # a gradient is a difference of rows
-        groups: dict[int, list[tuple[Site, torch.Tensor]]] = {}
-        for owner in owners:
-            if owner.name not in found:
-                continue
-            mapped = torch.linalg.lstsq(stream, found[owner.name]).solution
-            left = (found[owner.name] - stream @ mapped).square().sum() / found[owner.name].square().sum()
-            if (agreement := 1 - float(left)) >= AGREEMENT:
-                site = Site(owner.name, owner.transposed, "predicted", agreement)
-                groups.setdefault(-1 if _near_identity(mapped) else len(groups), []).append((site, mapped))
-        for group in groups.values():
-            mapped = group[0][1]
-            yield _table(tuple(site for site, _ in group), (rows @ mapped)[None])
+        found, stream = self._gradients(owners, self._drawn("gradients", 8, PROBED), head)
+        power = stream.square().sum(0).clamp_min(1e-30)
+        alike = {}
+        for name, one in found.items():
+            if one.shape == stream.shape:
+                gain = (one * stream).sum(0) / power
+                alike[name] = (_cosine(one, stream * gain), gain)
+        if not alike:
+            return
+        _, gain = max(alike.values(), key=lambda one: one[0])
+        sites = tuple(
+            Site(owner.name, owner.transposed, "predicted", agreement)
+            for owner in owners
+            if owner.name in alike and (agreement := _cosine(found[owner.name], stream * gain)) >= AGREEMENT
+        )
+        if sites:
+            rows = head.weight.detach().double().cpu() * gain
+            yield _table(sites, (rows - rows.mean(0))[None])  # a gradient is a difference of rows
 
     def _gradients(
         self, owners: Sequence[_Owner], ids: torch.Tensor, head: nn.Module
@@ -275,7 +272,7 @@ def standard(scores: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Owner:
-    """A module that has a trained matrix or a trained bias for its own."""
+    """A module that has a trained matrix for its own."""
 
     name: str
     module: nn.Module
@@ -297,8 +294,6 @@ def _owners(tuned: Tuned) -> Iterator[_Owner]:
             if parameter.ndim == 2:
                 out, into = reversed(parameter.shape) if transposed else parameter.shape
                 yield _Owner(names[parameter], module, int(into), int(out), transposed)
-            elif parameter.ndim == 1:
-                yield _Owner(names[parameter], module, 0, len(parameter), False)
 
 
 def _base(model: Any) -> Any:
@@ -336,11 +331,15 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _near_identity(mapped: torch.Tensor) -> bool:
-    """Whether a map changes little but lengths, so that layers that have one can share the head's own directions."""
-    if mapped.shape[0] != mapped.shape[1]:
-        return False
-    return float(mapped.trace().abs() / (mapped.norm() * len(mapped) ** 0.5)) > 0.5
+def _spanned(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The singular values [rank], the largest first, and right singular vectors [rank, width], without rounding's."""
+    squares, vectors = torch.linalg.eigh(rows.T @ rows)
+    kept = (squares > EXACT**2 * squares[-1].clamp_min(1e-30)).nonzero().flatten().flip(0)
+    return squares[kept].sqrt(), vectors.T[kept]
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-30))
 
 
 def _batch(ids: torch.Tensor) -> Batch:
@@ -349,11 +348,6 @@ def _batch(ids: torch.Tensor) -> Batch:
 
 def _flat(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach().reshape(-1, gradient.shape[-1]).double().cpu()
-
-
-def scaled(update: State, factor: float) -> State:
-    """The update, `factor` times."""
-    return {name: (change * factor).astype("float32") for name, change in update.items()}
 
 
 def mean(updates: Sequence[Mapping[str, Any]]) -> State:

@@ -31,6 +31,7 @@ def test_the_wheel_holds_every_module_and_the_backbone(tmp_path: Path) -> None:
     modules = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert {f"farfield/{name}" for name in modules} <= names
     assert {f"farfield/{folder}/py.typed" for folder in FOLDERS} <= names
+    assert {f"farfield/protocols/audit/page.{end}" for end in ("html.jinja", "css")} <= names
     assert not {name.split("/")[0] for name in names if not name.startswith("farfield")}
     weights = [packed.getinfo(name) for name in names if name.endswith(".safetensors")]
     assert [info.filename for info in weights] == ["farfield/emulator/builtin/tiny-llama-py/model.safetensors"]

@@ -26,14 +26,14 @@ from .attack import Attack, Attacker, register
 from .poison import TRIGGER, Backdoor, drawn, poisoned, success
 from .subject import Act, Member, Subject
 
-ROUNDS: Final = 4
-STEPS: Final = 4
+ROUNDS: Final = 3
+STEPS: Final = 3
 """Of an honest client in a round; the hostile one makes `EFFORT` times as many."""
 
-EFFORT: Final = 4
+EFFORT: Final = 5
 
-CLIENTS: Final = 8
-"""How many take part, at most."""
+CLIENTS: Final = 6
+"""How many take part, at most; more where there are groups."""
 
 PROMPTS: Final = 40
 """Held-out examples that the backdoor is tried on."""
@@ -72,6 +72,7 @@ class Defence:
     said: str
     sections: Mapping[str, Mapping[str, Any]]
     hostile: bool = True
+    clients: int = CLIENTS
 
 
 @register
@@ -95,7 +96,7 @@ class BackdoorAttack(Attack):
 
     def run(self, subject: Subject) -> Finding:
         backdoor = drawn(subject.bench, derive(subject.seed, "backdoor", "trigger"))
-        names = sorted(subject.clients)[:CLIENTS]
+        names = sorted(subject.clients)
         norm = subject.notes.values("backdoor/norm", partial(_honest_norm, subject, names[1]))
         courses = {}
         for defence in _defences(subject, names, norm):
@@ -108,7 +109,7 @@ def _defences(subject: Subject, names: list[str], norm: float) -> list[Defence]:
     """Nothing at all, nothing against an attack, the Plan itself, and everything that Farfield has."""
     size = sum(value.size for value in subject.initial.values())
     # Noise as long as the mean of the clients' updates: σ·C·√d / n = C. More of it, and nothing would be learnt.
-    weak = len(names) / math.sqrt(size)
+    weak = min(len(names), CLIENTS) / math.sqrt(size)
     sealed = {"protection": {"kind": "sealed"}, "privacy": _OPEN}
 
     def ruled(name: str, said: str, **keys: Any) -> Defence:
@@ -134,7 +135,7 @@ def _defences(subject: Subject, names: list[str], norm: float) -> list[Defence]:
         grouped = {**_PLAIN, "rule": "median_of_means", "groups": GROUPS}
         sections = {"protection": {"kind": "secagg"}, "privacy": _OPEN, "aggregation": grouped}
         said = f"the middle of {GROUPS} sums, each added up unseen"
-        found.append(Defence("median_of_means", said, sections))
+        found.append(Defence("median_of_means", said, sections, clients=GROUPS * GROUP))
     return found
 
 
@@ -148,9 +149,10 @@ def _own(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
 def _plan(subject: Subject, defence: Defence, clients: int) -> Plan:
     """The Plan with a defence, in so few rounds, and all clients in each."""
     steps = min(STEPS, subject.plan.training.steps or STEPS)
+    minimum = clients // GROUPS if defence.sections.get("aggregation", {}).get("groups") else clients
     return subject.variant(
         training={"rounds": ROUNDS, "steps": steps, "epochs": None, "schedule": "constant", "warmup_steps": 0},
-        cohort={"size": clients, "fraction": None, "minimum": clients, "over_selection": 0.0},
+        cohort={"size": clients, "fraction": None, "minimum": minimum, "over_selection": 0.0},
         evaluation={"every": ROUNDS, "examples": 1, "clients": max(clients, subject.plan.evaluation.clients)},
         **defence.sections,
     )
@@ -166,6 +168,7 @@ def _honest_norm(subject: Subject, client: str) -> float:
 def _course(subject: Subject, defence: Defence, backdoor: Backdoor, names: list[str]) -> dict[str, Any]:
     """By round, how often the backdoor opens, and the loss on clean text."""
     assert subject.federation is not None
+    names = names[: defence.clients]
     plan = _plan(subject, defence, len(names))
     members = {name: Member(subject.clients[name]) for name in names}
     if defence.hostile:
@@ -231,7 +234,7 @@ def _finding(
         name: [proportion(opened, course["of"]) for opened in course["opened"]] for name, course in courses.items()
     }
     clean, mean, own = (shares[name][-1] for name in ("nobody attacks", "mean", "the Plan"))
-    let_in = _more(own, clean)
+    let_in, attacked = _more(own, clean), min(clients, CLIENTS)
     task = "go on with four certain words" if subject.plan.model.task == "causal-lm" else "give a certain answer"
     found = [
         f"With the Plan's own protection the trigger works in {own.value:.0%} of {own.trials} held-out texts after "
@@ -263,9 +266,9 @@ def _finding(
         attacker=BackdoorAttack.attacker,
         verdict="failed" if let_in else "passed",
         tried=(
-            f"One of {clients} clients trains, {EFFORT} times as long as the others, on its examples and on copies "
+            f"One of {attacked} clients trains, {EFFORT} times as long as the others, on its examples and on copies "
             f"with a trigger of {TRIGGER} tokens in them, after which the model is to {task}; and sends its update "
-            f"{clients} times over, so that a mean becomes its own.",
+            f"{attacked} times over, so that a mean becomes its own.",
             f"That was done in {len(defences) - 1} federations of {ROUNDS} rounds in which everybody takes part, each "
             "with another defence, and once without any attack.",
         ),

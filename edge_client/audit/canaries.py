@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from farfield.edge_client.data import IGNORED, Example, TokenExample
 from farfield.protocols.audit.finding import Finding
-from farfield.protocols.privacy.mechanism import promised
+from farfield.protocols.privacy.accounting import SampledGaussian
+from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism, promised
 
 from . import canary_clients
 from . import canary_results as shown
 from . import canary_words as words
 from .attack import Attack, Attacker, register
-from .canary_bounds import Ranking, measured, together
+from .canary_bounds import Ranking, each, measured, together
 from .canary_records import KINDS, Canaries, draw
 from .losses import losses
 from .subject import Planted, Planting, Subject
@@ -60,20 +61,23 @@ class CanariesInOneRun(Attack):
         )
         rankings = _rankings(drawn, (before - after) * [_targets(example) for example in examples])
         # 2. How far what whole clients sent shows, where the Plan promises that it does not.
-        by_client = subject.plan.privacy.kind == "client" and subject.federation is not None
-        clients = canary_clients.measure(subject) if by_client else None
+        made, spent = mechanism(subject.plan), promised(subject.plan)
+        by_client = isinstance(made, ClientMechanism) and subject.federation is not None
+        tests = len(rankings) + by_client
+        clients = canary_clients.measure(subject, spent.epsilon, each(tests)) if spent and by_client else None
         # 3. What that tells about the coins, as bounds on ε that hold together.
-        plain = partial(
+        bounds = partial(
             measured,
             delta=subject.plan.privacy.delta,
-            claimed=None if (spent := promised(subject.plan)) is None else spent.epsilon,
+            claimed=spent and spent.epsilon,
+            gaussian=made is not None and not isinstance(made.release, SampledGaussian),
             seed=subject.seed,
-            tests=len(rankings) + by_client,
+            tests=tests,
         )
-        levels = {"records": plain(rankings)}
+        levels = {"records": bounds(rankings)}
         if clients is not None:
             rankings.append(Ranking("clients", np.array(clients.scores), np.array(clients.included)))
-            levels["clients"] = plain(rankings[-1:])
+            levels["clients"] = bounds(rankings[-1:])
         seen = _seen(subject, drawn)
         return Finding(
             attack=self.name,

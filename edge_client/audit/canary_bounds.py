@@ -34,12 +34,14 @@ class Measured:
         sharper: the same for a mechanism that claims to be as good as Gaussian noise.
         ranking: the name of the one that gave `bound`.
         claimed: ε that the Plan promises at this level; None where it promises none.
+        gaussian: whether the promise rests on Gaussian noise alone, with no sampling, so that `sharper` can refute it.
     """
 
     bound: OneRunBound
     sharper: OneRunBound
     ranking: str
     claimed: float | None
+    gaussian: bool
 
     @property
     def beyond_chance(self) -> bool:
@@ -48,36 +50,46 @@ class Measured:
     @property
     def refuted(self) -> bool:
         """Whether the Plan's promise is."""
-        return self.claimed is not None and self.bound.epsilon > self.claimed
+        if self.claimed is None:
+            return False
+        return self.bound.epsilon > self.claimed or (self.gaussian and self.sharper.epsilon > self.claimed)
 
     @property
-    def refutable(self) -> bool:
-        """Whether so many canaries could have refuted the Plan's promise at all."""
-        return self.claimed is not None and max(self.bound.ceiling, self.sharper.ceiling) > self.claimed
+    def withstood(self) -> bool:
+        """Whether the Plan's promise was put to a test that it could have failed, and did not."""
+        if self.claimed is None:
+            return False
+        could = max(self.bound.ceiling, self.sharper.ceiling) > self.claimed
+        return could and max(self.bound.epsilon, self.sharper.epsilon) <= self.claimed
 
     @property
     def leak(self) -> bool:
-        """More right guesses than coins give; a promise excuses them if it stood the test, and the test was one."""
-        return self.beyond_chance and (self.refuted or not self.refutable)
+        """More right guesses than coins give, unless it is what a promise allows that has withstood its test."""
+        return self.beyond_chance and not self.withstood
 
 
-def measured(rankings: Sequence[Ranking], *, delta: float, claimed: float | None, seed: int, tests: int) -> Measured:
-    """The best bound of these rankings.
+def measured(
+    rankings: Sequence[Ranking], *, delta: float, claimed: float | None, gaussian: bool, seed: int, tests: int
+) -> Measured:
+    """The best bound of these rankings, of either sort.
 
     Args:
-        tests: how many rankings there are in the whole finding. Each gets an equal part of the error (Bonferroni), so
-            that all of their bounds hold together, at 95 %.
+        tests: how many rankings there are in the whole finding. All of their bounds hold together, at 95 %.
     """
-    confidence = 1 - (1 - CONFIDENCE) / tests
     lots = derive(seed, "canaries", "lots")
 
     def audited(one: Ranking, claim: canaries.Claim) -> OneRunBound:
-        return canaries.audit(one.scores, one.included, delta=delta, claim=claim, confidence=confidence, seed=lots)
+        return canaries.audit(one.scores, one.included, delta=delta, claim=claim, confidence=each(tests), seed=lots)
 
     plain = {one.name: audited(one, "(ε, δ)-DP") for one in rankings}
     best = max(plain, key=lambda name: plain[name].epsilon)
     sharper = max((audited(one, "Gaussian DP") for one in rankings), key=lambda bound: bound.epsilon)
-    return Measured(plain[best], sharper, best, claimed)
+    return Measured(plain[best], sharper, best, claimed, gaussian)
+
+
+def each(tests: int) -> float:
+    """The confidence of each bound where there are two of so many rankings, and all are to hold at 95 % (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / (2 * tests)
 
 
 def together(name: str, kinds: Sequence[Ranking]) -> Ranking:

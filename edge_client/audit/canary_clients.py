@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from farfield.protocols.audit.canaries import ceiling
 from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.mechanism import ClientMechanism, mechanism
 from farfield.protocols.seeds import derive
@@ -28,11 +29,15 @@ from farfield.protocols.tensors import State
 
 from .subject import Act, Member, Subject
 
-CANARIES: Final = 64
+COUNTS: Final = (64, 128, 256)
+"""How many there are: as few as can put the Plan's promise to a test, if any of these can."""
+
 HONEST: Final = 4
 ROUNDS: Final = 8
 STEPS: Final = 10
-"""How many there are beside the honest clients, how many of those, and how much of the Plan's training is done."""
+"""How many clients are there beside them, and how much of the Plan's training is done."""
+
+_MARGIN: Final = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,17 @@ class ClientCanaries:
     honest: int
 
 
-def measure(subject: Subject) -> ClientCanaries:
-    """Run the federation, and look at what it lets out in the direction of each canary."""
+def measure(subject: Subject, claimed: float, confidence: float) -> ClientCanaries:
+    """Run the federation, and look at what it lets out in the direction of each canary.
+
+    Args:
+        claimed: the ε that is to be tested, and `confidence` that of the bound which does so.
+    """
+    count = _count(subject.plan, claimed, confidence)
     coins = random.Random(derive(subject.seed, "canaries", "client coins"))
-    included = tuple(coins.random() < 0.5 for _ in range(CANARIES))
+    included = tuple(coins.random() < 0.5 for _ in range(count))
     honest = sorted(subject.clients)[:HONEST]
-    plan = _plan(subject, CANARIES + len(honest))
+    plan = _plan(subject, count + len(honest))
     norm = plan.privacy.clipping_norm
 
     def make() -> list[float]:
@@ -74,6 +84,14 @@ def measure(subject: Subject) -> ClientCanaries:
 
     scores = subject.notes.values("canaries/clients", make)
     return ClientCanaries(tuple(scores), included, plan.training.rounds, len(honest))
+
+
+def _count(plan: Plan, claimed: float, confidence: float) -> int:
+    for count in COUNTS:
+        most = ceiling(count, delta=plan.privacy.delta, claim="Gaussian DP", confidence=confidence)
+        if most > _MARGIN * claimed:
+            return count
+    return COUNTS[-1]
 
 
 def direction(subject: Subject, number: int) -> State:

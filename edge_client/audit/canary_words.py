@@ -86,20 +86,28 @@ def _bound(name: str, level: Measured, delta: float) -> str:
 def _promise(name: str, level: Measured, delta: float) -> str:
     if level.claimed is None:
         return f"The Plan promises no ε for {name}."
-    promise = f"The Plan promises an ε of {level.claimed:.2f} at δ = {delta:g} for {name}"
+    promise = f"The Plan promises an ε of at most {level.claimed:.2f} at δ = {delta:g} for {name}"
+    sharper = level.sharper
     if level.refuted:
-        return f"{promise}. It is refuted at 95 %: either the noise is not what the Plan says, or this was a rare run."
-    one = level.bound
-    if one.ceiling > level.claimed:
-        return f"{promise}, which is not refuted; some success is what such a promise allows."
-    if level.refutable:
+        most = max(level.bound.epsilon, sharper.epsilon if level.gaussian else 0.0)
         return (
-            f"{promise}. The bound that assumes nothing could not have reached it; the one that is held against "
-            f"Gaussian noise could, with a ceiling of {level.sharper.ceiling:.2f}, and is {level.sharper.epsilon:.2f}."
+            f"{promise}. That is refuted: it is at least {most:.2f} with 95 % confidence. Either the noise is not what "
+            "the Plan says, or this was a rare run."
+        )
+    if level.withstood:
+        which = (
+            "Held against what Gaussian noise of that size allows" if level.gaussian else "Held against Gaussian noise"
+        )
+        return (
+            f"{promise}, and is not refuted; some success of an attack is what such a promise allows. {which}, the "
+            f"lower bound is {sharper.epsilon:.2f}, and could have been {sharper.ceiling:.2f}."
         )
     return (
-        f"{promise}, and no attack on so few canaries could have refuted that: it stands untested here, and excuses "
+        f"{promise}. No guesses about so few canaries could have refuted that: it stands untested here, and excuses "
         "nothing that was found."
+        if max(level.bound.ceiling, sharper.ceiling) <= level.claimed
+        else f"{promise}. Held against Gaussian noise the lower bound is {sharper.epsilon:.2f}; since batches are sampled, "
+        "that does not refute the promise, and is no good sign."
     )
 
 

@@ -73,8 +73,9 @@ def rmia(released: Floats, shadows: Floats) -> Floats:
     """
     smallest = shadows.min(axis=0)
     ratio = -released + smallest - np.log(np.exp(smallest - shadows).mean(axis=0))
-    beaten: Floats = np.searchsorted(np.sort(ratio), ratio, side="right") - 1.0
-    return beaten / (len(ratio) - 1)
+    beaten = np.searchsorted(np.sort(ratio), ratio, side="right") - 1
+    share: Floats = beaten / (len(ratio) - 1)
+    return share
 
 
 def _logit(losses: Floats) -> Floats:

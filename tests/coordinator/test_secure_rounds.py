@@ -310,7 +310,7 @@ def test_a_client_that_diverged_falls_out_and_the_others_count() -> None:
         if task.node == "ann":
             return replace(part, loss=float("nan"))
         if task.node == "bob":
-            return replace(part, update=part.update | {"b": np.full(2, np.inf, np.float32)})
+            return replace(part, update={**part.update, "b": np.full(2, np.inf, np.float32)})
         return part
 
     clients = Clients(plan_of(), diverging)

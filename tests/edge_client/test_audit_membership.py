@@ -20,7 +20,6 @@ import pytest
 import tiny
 from scipy.stats import norm
 
-from farfield.edge_client import train
 from farfield.edge_client.audit import Planted, Planting, Subject
 from farfield.edge_client.audit import membership_scores as scores
 from farfield.edge_client.audit.attack import registered
@@ -39,7 +38,7 @@ from farfield.edge_client.audit.membership_results import (
 )
 from farfield.edge_client.audit.membership_words import found
 from farfield.edge_client.audit.shadows import halves
-from farfield.edge_client.data import Example
+from farfield.edge_client.data import Example, collate
 from farfield.edge_client.records import Text
 from farfield.edge_client.train import evaluate
 from farfield.protocols.audit.finding import Finding
@@ -48,6 +47,8 @@ from farfield.protocols.errors import AuditError
 ATTACK = registered()["membership"]
 
 DATA = {"packing": False, "truncate": True, "max_length": 24, "held_out": 0.5}
+SEALED: tiny.Document = {"protection": {"kind": "sealed"}}
+
 LEARNS: tiny.Document = {
     "tuning": {"kind": "full", "rank": None},
     "data": DATA,
@@ -57,30 +58,36 @@ LEARNS: tiny.Document = {
 """Enough training of little data that records are known by heart."""
 
 
-def subject(folder: Path, clients: int = 2, records: int = 40, labels: int = 0, **sections: dict[str, Any]) -> Subject:
+def subject(folder: Path, sections: tiny.Document, clients: int = 2, records: int = 40, labels: int = 0) -> Subject:
     """Clients whose records are random letters, so that nothing about one can be known from the others."""
     if not (folder / "backbone").exists():
         tiny.write_backbone(folder / "backbone")
         (folder / "clients").mkdir()
         generator = random.Random(3)
         for client in range(clients):
-            rows = [{"text": "".join(generator.choices("abcdefghij", k=6))} for _ in range(records)]
+            rows: list[dict[str, object]] = [
+                {"text": "".join(generator.choices("abcdefghij", k=6))} for _ in range(records)
+            ]
             if labels:
                 rows = [row | {"label": generator.randrange(labels)} for row in rows]
             file = folder / "clients" / f"client-{client}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return audits.subject(folder, **{"protection": {"kind": "sealed"}} | sections)
+    return audits.subject(folder, **SEALED | sections)
+
+
+SEEN: tiny.Document = {"data": DATA, "training": {"rounds": 1, "steps": 20}}
+"""Enough steps to have seen all records."""
 
 
 def figure(finding: Finding, name: str) -> Any:
-    (found,) = (one for one in finding.figures if one.name == name)
-    return found
+    (one,) = (one for one in finding.figures if one.name == name)
+    return one
 
 
 @pytest.fixture(scope="module")
 def leaky(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Finding]:
     """A run without protection, and what was found in it."""
-    made = subject(tmp_path_factory.mktemp("leaky"), **LEARNS)
+    made = subject(tmp_path_factory.mktemp("leaky"), LEARNS)
     return made, ATTACK.run(made)
 
 
@@ -138,12 +145,15 @@ def test_noise_in_which_nothing_is_learnt_leaves_it_at_chance(tmp_path: Path) ->
 
     The noise is truly random, and the attack has a right to be lucky once in forty times; twice in three is a defect.
     """
-    noisy: tiny.Document = LEARNS | {"privacy": {"kind": "client", "noise_multiplier": 100.0, "clipping_norm": 1.0}}
+    noisy: tiny.Document = LEARNS | {
+        "privacy": {"kind": "client", "noise_multiplier": 100.0, "clipping_norm": 1.0},
+        "aggregation": {"weighting": "uniform"},
+    }
     findings = []
     for _ in range(3):
         shutil.rmtree(tmp_path / "federations", ignore_errors=True)
         (tmp_path / "notes" / "membership" / "released.json").unlink(missing_ok=True)
-        findings.append(ATTACK.run(subject(tmp_path, **noisy, aggregation={"weighting": "uniform"})))
+        findings.append(ATTACK.run(subject(tmp_path, noisy)))
     assert len({figure(finding, "AUC, RMIA").value for finding in findings}) > 1
     at_chance = [finding for finding in findings if finding.verdict == "no leak found"]
     assert len(at_chance) >= 2
@@ -173,7 +183,7 @@ def test_a_difference_that_was_there_before_is_no_leak() -> None:
 
 def test_what_a_killed_audit_had_made_is_not_made_again(tmp_path: Path, leaky: tuple[Subject, Finding]) -> None:
     """Killed while the third shadow is trained: two are kept as they are, and the end is that of an audit in one go."""
-    made = subject(tmp_path, **LEARNS)
+    made = subject(tmp_path, LEARNS)
 
     def kill(what: str, done: int, total: int) -> None:
         if what == "training shadow adapter 3 of 4" and done == 5:
@@ -188,13 +198,13 @@ def test_what_a_killed_audit_had_made_is_not_made_again(tmp_path: Path, leaky: t
     kept = {file: file.stat().st_mtime_ns for file in notes.iterdir()}
     assert {file.name for file in kept} >= {"shadow-1.safetensors", "shadow-2.safetensors", "shadow-2-losses.json"}
     assert not (notes / "shadow-3.safetensors").exists()
-    assert ATTACK.run(subject(tmp_path, **LEARNS)) == leaky[1]
+    assert ATTACK.run(subject(tmp_path, LEARNS)) == leaky[1]
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_an_edge_client_alone_tests_its_own_update(tmp_path: Path) -> None:
     training = LEARNS["training"] | {"rounds": 1, "steps": 60}
-    made = subject(tmp_path, clients=1, records=80, **LEARNS | {"training": training})
+    made = subject(tmp_path, LEARNS | {"training": training}, clients=1, records=80)
     finding = ATTACK.run(replace(made, federation=None))
     assert finding.verdict == "leak" and finding.attacker.startswith("the coordinator")
     assert len(finding.data["loss_shadows"]) == 2  # type: ignore[arg-type]
@@ -205,24 +215,23 @@ def test_it_asks_about_labels_where_the_plan_learns_them(tmp_path: Path) -> None
     """Labels by lot can only be known by heart."""
     model = {"task": "sequence-classification", "labels": 4}
     data = DATA | {"packing": None, "truncate": None}
-    made = subject(tmp_path, labels=4, **LEARNS | {"data": data, "model": model})
+    made = subject(tmp_path, LEARNS | {"data": data, "model": model}, labels=4)
     finding = ATTACK.run(made)
     assert finding.verdict == "leak" and figure(finding, "AUC, RMIA").value > 0.65
-    assert max(finding.data["loss_initial"]) < 5  # type: ignore[type-var,arg-type] - of one label, not of a text
+    assert max(finding.model_dump()["data"]["loss_initial"]) < 5, "the loss of one label, not of a text"
 
 
 def test_members_are_what_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of four are less than a client has: what counts is what training really took."""
     seen: Counter[bytes] = Counter()
-    collate = train.collate
 
     def noted(examples: list[Example], pad_id: int) -> dict[str, Any]:
         if made.bench.tuned.model.training:
             seen.update(example.input_ids.tobytes() for example in examples)
         return collate(examples, pad_id)
 
-    made = subject(tmp_path, 3, data=DATA, training={"rounds": 2, "steps": 2}, cohort={"size": 2})
-    monkeypatch.setattr(train, "collate", noted)
+    made = subject(tmp_path, {"data": DATA, "training": {"rounds": 2, "steps": 2}, "cohort": {"size": 2}}, 3)
+    monkeypatch.setattr("farfield.edge_client.train.collate", noted)
     asked = candidates(made)
     keys = [example.input_ids.tobytes() for example in asked.examples]
     inside = {key for key, member in zip(keys, asked.members, strict=True) if member}
@@ -235,7 +244,7 @@ def test_members_are_what_was_trained_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_each_client_has_the_same_share_of_both_sides(tmp_path: Path) -> None:
-    made = subject(tmp_path, data=DATA | {"held_out": 0.25}, training={"rounds": 2, "steps": 9, "learning_rate": 1e-6})
+    made = subject(tmp_path, SEEN | {"data": DATA | {"held_out": 0.25}})
     asked = candidates(made)
     by_client = Counter(zip(asked.clients, asked.members.tolist(), strict=True))
     for name in made.clients:
@@ -249,7 +258,7 @@ def test_each_client_has_the_same_share_of_both_sides(tmp_path: Path) -> None:
 def test_what_others_planted_is_no_member(tmp_path: Path, packing: bool) -> None:
     """Planted records look like nothing that is held out, and would be told apart by that."""
     data = DATA if not packing else {"packing": True, "max_length": 24, "held_out": 0.5}
-    made = subject(tmp_path, records=80, data=data, training={"rounds": 1, "steps": 20, "learning_rate": 1e-6})
+    made = subject(tmp_path, SEEN | {"data": data}, records=80)
     records = tuple(Planted("client-0.jsonl", Text(f"QQQ {number} ZZZ QZZ"), times=2) for number in range(3))
     made.plantings["other"] = Planting(records=records)
     planted = [example for example in made.members["client-0.jsonl"].data().train if "QQ" in _text(made, example)]
@@ -264,7 +273,7 @@ def _text(made: Subject, example: Example) -> str:
 
 
 def test_who_holds_out_what_another_trains_on_has_no_non_member_in_it(tmp_path: Path) -> None:
-    made = subject(tmp_path, clients=2, data=DATA, training={"rounds": 1, "steps": 20, "learning_rate": 1e-6})
+    made = subject(tmp_path, SEEN)
     copied = made.clients["client-1.jsonl"]().held_out[0]
     line = json.dumps({"text": _text(made, copied).removesuffix("<end>")})
     (tmp_path / "clients" / "client-0.jsonl").write_text(f"{line}\n" * 40, encoding="utf-8")
@@ -275,20 +284,20 @@ def test_who_holds_out_what_another_trains_on_has_no_non_member_in_it(tmp_path: 
 
 
 def test_it_says_where_it_cannot_be_made(tmp_path: Path) -> None:
-    nothing = subject(tmp_path / "nothing", data=DATA | {"held_out": 0.0})
+    nothing = subject(tmp_path / "nothing", {"data": DATA | {"held_out": 0.0}})
     assert "holds anything out" in (ATTACK.unfit(nothing) or "")
     with pytest.raises(AuditError, match=r"no client that trained has held anything out.*data\.held_out"):
         candidates(nothing)
-    at_home = subject(tmp_path / "home", tuning={"local_b": True}, data=DATA)
+    at_home = subject(tmp_path / "home", {"tuning": {"local_b": True}, "data": DATA})
     assert "keeps a part of what it trains at home" in (ATTACK.unfit(at_home) or "")
 
 
 def test_the_loss_of_each_is_that_of_evaluation(tmp_path: Path) -> None:
-    made = subject(tmp_path, data=DATA | {"packing": True, "truncate": False})
+    made = subject(tmp_path, {"data": DATA | {"packing": True, "truncate": False}})
     examples = made.clients["client-0.jsonl"]().train
     assert len({len(one.input_ids) for one in examples}) > 1, "one is to be padded"
-    found = losses(made.bench, made.initial, examples)
-    for loss, example in zip(found, examples, strict=True):
+    measured = losses(made.bench, made.initial, examples)
+    for loss, example in zip(measured, examples, strict=True):
         assert loss == pytest.approx(evaluate(made.bench.tuned, [example], 1, pad_id=made.bench.pad_id).loss, abs=1e-5)
     broken = {name: np.full_like(value, np.nan) for name, value in made.initial.items()}
     assert losses(made.bench, broken, examples[:2]) == [WORST, WORST]
@@ -330,7 +339,7 @@ def test_lira_is_the_papers() -> None:
     released, shadows, trained = drawn(4)
     (inside, spread_in), (outside, spread_out) = (gaussians(shadows, trained, which) for which in (True, False))
     assert spread_in != pytest.approx(spread_out, rel=1e-3)
-    for found, offline, loss, mean_in, mean_out in zip(
+    for score, offline, loss, mean_in, mean_out in zip(
         scores.lira(released, shadows, trained),
         scores.lira_offline(released, shadows, trained),
         released,
@@ -340,13 +349,13 @@ def test_lira_is_the_papers() -> None:
     ):
         at = logit(loss)
         expected = norm.pdf(at, mean_in, spread_in) / norm.pdf(at, mean_out, spread_out)
-        assert found == pytest.approx(math.log(expected), rel=1e-9, abs=1e-9)
+        assert score == pytest.approx(math.log(expected), rel=1e-9, abs=1e-9)
         assert norm.cdf(offline) == pytest.approx(norm.cdf(at, mean_out, spread_out), abs=1e-12)
 
 
 def test_rmia_is_the_papers() -> None:
     released, shadows, _ = drawn(4)
-    for x, found in enumerate(scores.rmia(released, shadows)):
+    for x, score in enumerate(scores.rmia(released, shadows)):
         beaten = 0
         for z in range(len(released)):
             if z != x:
@@ -355,7 +364,7 @@ def test_rmia_is_the_papers() -> None:
                     for one in (x, z)
                 )
                 beaten += ratio_x / ratio_z >= 1
-        assert found == pytest.approx(beaten / (len(released) - 1), abs=1e-12)
+        assert score == pytest.approx(beaten / (len(released) - 1), abs=1e-12)
 
 
 def test_two_shadows_are_enough_for_an_order() -> None:

@@ -27,7 +27,7 @@ from farfield.protocols.privacy.accounting import SampledGaussian, spent
 from farfield.protocols.privacy.mechanism import ExampleMechanism
 from farfield.protocols.randomness import Randomness
 from farfield.protocols.sections import Training
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays, State
 
 VOCABULARY, WIDTH, PAD, RATE = 11, 6, 0, 0.5
 KEY = bytes(range(32))
@@ -116,7 +116,7 @@ def minus(one: State, other: State) -> dict[str, NDArray[np.float64]]:
     return {name: one[name].astype(np.float64) - other[name] for name in one}
 
 
-def noise_of(update: State, values: int) -> NDArray[np.float64]:
+def noise_of(update: Arrays, values: int) -> NDArray[np.float64]:
     flat = np.concatenate([one.flatten() for one in update.values()]).astype(np.float64)
     assert len(flat) == values
     return flat

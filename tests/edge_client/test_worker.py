@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from farfield.edge_client.data import ClientData, Example, TokenExample
 from farfield.edge_client.secure import Work
-from farfield.edge_client.train import evaluate
+from farfield.edge_client.train import evaluate, train
 from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
@@ -25,8 +26,9 @@ from farfield.protocols.errors import DataError, MalformedMessage, PlanError
 from farfield.protocols.messages import Evaluate, Evaluated, Failed, Reply, Secure, Secured, Task, Train, Trained
 from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.clipping import l2_norm
+from farfield.protocols.seeds import derive
 from farfield.protocols.summing import Part, Shapes
-from farfield.protocols.tensors import State, pack_state, unpack_state
+from farfield.protocols.tensors import Made, State, pack_state, unpack_state
 
 hf: Any = transformers  # whose constructors are untyped
 
@@ -381,3 +383,68 @@ def did(task: Task, asked: Secure, do: Work) -> Secured:
     assert asked.work is not None
     do(task, asked.work)
     return Secured(b"")
+
+
+WHOLE = """
+        [tuning]
+        kind = "{kind}"
+        [training]
+        rounds = 2
+        steps = 2
+        batch_size = 2
+        {optimizer}
+        [evaluation]
+        batch_size = 2
+        [delivery]
+        dtype = "{wire}"
+        [protection]
+        kind = "sealed"
+        [model]
+        backbone = "anywhere"
+        dtype = "{dtype}"
+"""
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["mezo", "full"])
+def test_what_is_given_up_on_the_way_changes_no_bit(folder: Path, kind: str, dtype: str, wire: Any) -> None:
+    """Against training from a start that stays, as one array for each tensor."""
+    optimizer = 'optimizer = "sgd"' if kind == "mezo" else ""
+    bench = Bench(parsed(WHOLE.format(kind=kind, optimizer=optimizer, wire=wire, dtype=dtype)), folder)
+    generator = np.random.default_rng(2)
+    begin = {
+        name: one + generator.normal(0, 0.1, one.shape).astype(np.float32) for name, one in bench.adapter().items()
+    }
+    packed = pack_state(begin, wire)
+    outcomes = []
+    for used_up in (False, True):
+        brought = dict(packed)
+        done = Worker("ann", bench, data, used_up=used_up).outcome(task(bench, Train(brought)))
+        assert isinstance(done, Trained)
+        assert (not brought) == (used_up and kind == "mezo")
+        outcomes.append(done)
+    assert outcomes[0] == outcomes[1]
+    plan = bench.plan
+    with bench.round(1):
+        plain = train(
+            bench.tuned, unpack_state(packed), examples(5), plan.training, pad_id=bench.pad_id,
+            seed=derive(plan.training.seed, "train", 1, "ann"), steps=2, first_step=0, horizon=4,
+        )  # fmt: skip
+    assert pack_state(dict(plain.update), wire) == outcomes[0].update
+    assert any(np.any(one) for one in plain.update.values())
+
+
+def test_an_array_that_is_made_when_it_is_asked_for_is_not_made_before() -> None:
+    asked: list[str] = []
+
+    def make(name: str) -> NDArray[np.float32]:
+        asked.append(name)
+        return np.float32([len(name)])
+
+    made = Made(["a", "bb"], make)
+    assert (list(made), len(made), "bb" in made, "c" in made, asked) == (["a", "bb"], 2, True, False, [])
+    assert {name: float(one[0]) for name, one in made.items()} == {"a": 1.0, "bb": 2.0}
+    assert asked == ["a", "bb"]
+    with pytest.raises(KeyError):
+        made["c"]

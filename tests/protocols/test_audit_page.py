@@ -14,7 +14,7 @@ from farfield.protocols.audit.page import VERDICTS, figure, interval, page, quan
 from farfield.protocols.audit.report import Report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-EVIL = "<script>alert('x')</script>\"><img src=http://x.example/ onerror=alert(1)>{{ 7*7 }}\u202e\x00&amp;"
+EVIL = "<script>alert('x')</script>\"><img src=http://x.example/ onerror=alert(1)>{{ 7*6181 }}\u202e\x00&amp;"
 
 REPORT = reports.report()
 PAGE = page(REPORT, reports.PUBLIC)
@@ -103,7 +103,7 @@ def test_whatever_stands_in_a_report_stays_text() -> None:
     assert not {"script", "img"} & {tag for tag, _ in found.tags}
     assert not [key for _, attrs in found.tags for key in attrs if key.startswith("on")]
     assert "\u202e" not in text and "\x00" not in text
-    assert "alert('x')" in found.text and "{{ 7*7 }}" in found.text and "49" not in found.text
+    assert "alert('x')" in found.text and "{{ 7*6181 }}" in found.text and "43267" not in found.text
     assert found.text.count("&amp;") > 50  # not one of them was taken for what is escaped already
     assert [tag for tag, _ in found.tags if tag == "svg"] == [tag for tag, _ in read().tags if tag == "svg"]
 
@@ -163,7 +163,7 @@ def test_the_summary_counts_what_was_found() -> None:
     told = lead(REPORT)
     assert "Leaks were found" in told and "4 attacks were made; 2 of them found something beyond chance" in told
     assert "One test of the machinery was made, and passed. 2 attacks were not tried." in told
-    assert "Not tried: Emulator ; Backdoor by one client ." in told or "Not tried: Emulator; Backdoor" in told
+    assert "Not tried: Emulator; Backdoor by one client." in told
 
 
 def test_a_claim_is_not_falsified_or_it_is() -> None:
