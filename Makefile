@@ -5,12 +5,13 @@ BIN := .venv/bin
 PACKAGES := coordinator edge_client emulator kernels protocols
 PROTOS := $(wildcard protocols/*.proto)
 
-.PHONY: help demo test test-slow test-browser check format bench bench-federation bench-secagg bench-privacy bench-audit bench-offsite bench-devices protos clean
+.PHONY: help demo test test-slow test-triton test-browser check format bench bench-federation bench-secagg bench-privacy bench-audit bench-offsite bench-devices protos clean
 
 help:
 	@echo "make demo       a federation of eight clients on this machine, in minutes"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-triton  installs Triton and tests its kernels in its interpreter"
 	@echo "make test-browser  the tests that look at a page in Chromium, which has to be installed"
 	@echo "make check      formatting, lint, types, import boundaries"
 	@echo "make bench      the benchmark on SST-2; BENCH_ARGS are passed on"
@@ -54,6 +55,10 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	@touch $@
 
+.venv/triton: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check triton==3.7.1
+	@touch $@
+
 demo: .venv/product
 	$(BIN)/coordinator simulate examples/quickstart.toml --clients 8 --compare --json runs/demo.json
 
@@ -65,6 +70,9 @@ test-slow: .venv/dev .venv/ray
 
 test-browser: .venv/browser
 	$(BIN)/pytest -m browser
+
+test-triton: .venv/triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m triton tests/kernels
 
 check: .venv/dev
 	$(BIN)/ruff format --check

@@ -11,9 +11,7 @@ finds a pair that fits. To change a key as well, remove its file; the next renew
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from farfield.protocols import identity
+from farfield.protocols.durable import write
 from farfield.protocols.envelope import Signer
 from farfield.protocols.errors import EnrolmentError, HomeError, TrustError
 
@@ -280,20 +279,8 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, raw: bytes) -> None:
     """Put `raw` at `path`, whole or not at all, for its owner only."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with suppress(FileNotFoundError):  # left by a crash, and perhaps readable by others
-            partial.unlink()
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123 - a mode
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write(path, raw, mode=0o600)
     except OSError as error:
         raise _unwritable(error, path) from None
 

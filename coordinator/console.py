@@ -15,12 +15,13 @@ from farfield.protocols.plan import Plan
 from farfield.protocols.privacy.mechanism import ExampleMechanism, mechanism, promised
 from farfield.protocols.terminal import bar, decimals, plain, size
 
+from . import plans
 from .aggregation import traits
 from .conductor import improvement
 from .emulator_console import BuildLines
 from .grouping import fewest
 from .results import Result
-from .runs import RoundRecord, RunInfo
+from .runs import RoundRecord, RunFolder, RunInfo
 from .storage import Run
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _line(console: Console, *cells: str, style: str = "") -> None:
 
 
 def print_result(console: Console, result: Result) -> None:
-    """The end of a simulation: what it changed, what it is measured against, and where it is."""
+    """The end of a run: what it changed, what it is measured against, and where it is."""
     console.print()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -195,11 +196,13 @@ def print_result(console: Console, result: Result) -> None:
     console.print(f"\n[bold]Adapter[/]  {adapter}", highlight=False, soft_wrap=True)
     console.print(f"[bold]Digest[/]   {result.adapter_digest}", highlight=False, soft_wrap=True)
     console.print(f"[bold]Plot[/]     {folder}/loss.png", highlight=False, soft_wrap=True)
-    console.print(
-        f"Merge it into the backbone with: coordinator export {folder} OUT --merged",
-        highlight=False,
-        soft_wrap=True,
-    )
+    plan = plans.parse(RunFolder.open(result.folder).plan_text, where=result.folder / "plan.toml")
+    if plan.tuning.merges:
+        console.print(
+            f"Merge it into the backbone with: coordinator export {folder} OUT --merged",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _delivery(plan: Plan) -> str:

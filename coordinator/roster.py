@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farfield.protocols.durable import write
 from farfield.protocols.errors import HomeError, TrustError
 
 from .administration import DEFAULT_HOME, HomeOption
@@ -193,13 +194,8 @@ def _read(file: Path, most: int) -> bytes:
 
 def _replace(file: Path, raw: bytes) -> None:
     """Put `raw` at `file`, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
     with _disk(file):
-        with partial.open("wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        write(file, raw)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from farfield.protocols.durable import write
 from farfield.protocols.errors import RunError
 from farfield.protocols.tensors import State
 
@@ -282,14 +282,5 @@ def _groups(checkpoint: Checkpoint) -> dict[str, State]:
 
 def _write(path: Path, raw: bytes) -> None:
     """Put `raw` at `path`, whole or not at all, and on the disk before returning."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path), partial.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with writing(path):
+        write(path, raw)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 
 from farfield.protocols import federation_pb2 as pb
-from farfield.protocols.errors import TrustError
+from farfield.protocols.errors import EnrolmentError, TrustError
 from farfield.protocols.federation_pb2_grpc import FederationStub
 
 from .pause import Pause
@@ -81,7 +81,8 @@ class Attendance:
             except grpc.RpcError as error:
                 code, reason = error.code(), (error.details() or "").strip().rstrip(".") or "no reason given"
                 if code in _FINAL and not self._ending.is_set():
-                    self.reason = TrustError(reason, where=self._address, hint=_FINAL[code])
+                    kind = EnrolmentError if code == grpc.StatusCode.PERMISSION_DENIED else TrustError
+                    self.reason = kind(reason, where=self._address, hint=_FINAL[code])
                     self.over.set()
                     return
                 if code == grpc.StatusCode.UNAVAILABLE:

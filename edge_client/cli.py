@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from farfield.protocols.errors import DeviceError, FarfieldError, HomeError
+from farfield.protocols.errors import DeviceError, EnrolmentError, FarfieldError, HomeError
 from farfield.protocols.terminal import size
 
 from .home import Home, enrolled, forget
@@ -31,6 +31,9 @@ app = typer.Typer(
 )
 
 DEFAULT_HOME: Final = Path("~/.farfield/edge-client")
+
+REVOKED: Final = 77
+"""What `start` ends with when the coordinator has revoked the node: there is no use in starting it again."""
 
 HomeOption = Annotated[
     Path, typer.Option("--home", envvar="FARFIELD_EDGE_HOME", help="Where keys, settings and the cache are kept.")
@@ -237,6 +240,9 @@ def _stay(home: Home, console: Console) -> None:
     except KeyboardInterrupt:
         print(f"Stopped. Go on with: {_command('start', home.path)}", file=sys.stderr)
         raise typer.Exit(130) from None
+    except EnrolmentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(REVOKED) from None
 
 
 def _withdraw(path: Path, force: bool) -> bool:

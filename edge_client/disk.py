@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from farfield.protocols import durable as durably
 from farfield.protocols.errors import HomeError
 
 
@@ -25,28 +25,8 @@ def disk(path: Path) -> Iterator[None]:
 
 
 def write(file: Path, raw: bytes, *, durable: bool = True) -> None:
-    """Put `raw` at `file`, mode 0600, whole or not at all; on the disk before returning if `durable`."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-            stream.write(raw)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def sync(folder: Path) -> None:
-    """Have what was made, renamed or removed in `folder` on the disk before returning."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Put `raw` at `file`, for its owner only; otherwise as `farfield.protocols.durable.write` does."""
+    durably.write(file, raw, mode=0o600, durable=durable)
 
 
 def remove(folder: Path) -> None:

@@ -23,10 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from farfield.protocols.durable import sync
 from farfield.protocols.errors import HomeError
 
 from . import lock
-from .disk import disk, remove, sync, write
+from .disk import disk, remove, write
 from .keys import FILES, KEYS, LOST, Keys
 from .resident_state import State
 from .settings import SETTINGS, Settings, read_settings

@@ -17,10 +17,11 @@ from typing import Final
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from farfield.protocols.durable import sync
 from farfield.protocols.errors import HomeError
 from farfield.protocols.tensors import State
 
-from .disk import sync, write
+from .disk import write
 
 _NAME: Final = re.compile(r"round-(\d+)\.safetensors")
 _BEFORE: Final = "before"

@@ -65,7 +65,8 @@ def stay(home: Home, console: Console) -> None:
 
     Raises:
         HomeError: another process works here.
-        TrustError: this node was revoked, or another process attends with its identity.
+        EnrolmentError: this node was revoked.
+        TrustError: another process attends with its identity.
         KeyboardInterrupt: as soon as SIGINT comes.
     """
     with home.held():

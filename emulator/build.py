@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from safetensors import SafetensorError
 
+from farfield.protocols import durable
 from farfield.protocols.errors import BundleError, EmulatorError
 from farfield.protocols.plan import Plan
 from farfield.protocols.seeds import derive
@@ -314,9 +315,7 @@ def _opened(plan: Plan, folder: Path, out: Path, request: Request) -> Path:
         if out.exists() and (not out.is_dir() or not _untouched(out)):
             raise EmulatorError("exists and is not empty", where=out, hint="Give a new folder.")
         workshop.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f"{_REQUEST}.partial")
-        partial.write_text(json.dumps(wanted), encoding="utf-8")
-        partial.replace(note)
+        durable.write(note, json.dumps(wanted).encode())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise EmulatorError(f"cannot be used: {reason.lower()}", where=out, hint="Give a new folder.") from None

@@ -94,21 +94,17 @@ class Table:
         None where the update spans nothing here (a layer whose B is zero gives its A no gradient), or everything.
         """
         rows = self._rows(update)
-        strength, basis = _spanned(rows)
-        if not len(basis):
+        span = spanned(rows)[1]
+        sharp = self.sites[0].clue == "read"
+        if not len(span) or (sharp and len(span) == len(self.whitening)):
             return None
-        if self.sites[0].clue == "read":
-            if len(basis) == len(self.whitening):
-                return None
-            _, basis = _spanned(basis @ self.whitening)
-            return (self.tokens @ basis.T).square().sum(-1).amax(0)
-        strength, basis = _spanned(rows @ self.whitening)
-        weight = strength.square() / (strength.square() + SOFT * strength[0].square())
+        strength, basis = spanned((span if sharp else rows) @ self.whitening)
+        weight = strength.square() / (strength.square() + (0 if sharp else SOFT) * strength[0].square())
         return ((self.tokens @ basis.T).square() @ weight).amax(0)
 
     def rank(self, update: State) -> int:
         """The dimensions of the span: so many distinct tokens are told exactly."""
-        return len(_spanned(self._rows(update))[1])
+        return len(spanned(self._rows(update))[1])
 
     def _rows(self, update: State) -> torch.Tensor:
         """float64[count, width]: all that the sites span; each counts by its agreement, however large its change."""
@@ -134,40 +130,40 @@ class Inversion:
         backbone: Any = getattr(tuned.model, "get_base_model", lambda: tuned.model)()
         self._backbone = backbone
         self.vocabulary = int(backbone.get_input_embeddings().weight.shape[0])
-        owners = list(_owners(tuned))
-        with _still(tuned.model):
-            self.tables = (*self._reading(owners, length), *self._predicting(owners))
+        found = list(owners(tuned))
+        with still(tuned.model):
+            self.tables = (*self._reading(found, length), *self._predicting(found))
 
-    def read(self, update: State) -> dict[str, torch.Tensor]:
+    def read(self, update: State) -> dict[Clue, torch.Tensor]:
         """Of each kind of clue that the update gives: float64[vocabulary], higher for tokens that speak for themselves.
 
-        Empty where it gives none: then it has to be matched, see `farfield.emulator.matching`.
+        Empty where it gives none: then it has to be matched, see `farfield.emulator.matching.matched`.
         """
-        found: dict[str, torch.Tensor] = {}
+        found: dict[Clue, torch.Tensor] = {}
         for table in self.tables:
             if (held := table.held(update)) is not None:
-                scores = standard(held)
-                clue = table.sites[0].clue
+                # The wider a space is, the less of it a token fills by accident.
+                scores, clue = standard(held) * len(table.whitening), table.sites[0].clue
                 found[clue] = found[clue] + scores if clue in found else scores
-        return found
+        return {clue: standard(scores) for clue, scores in found.items()}
 
     def span(self, update: State) -> int:
         """How many distinct tokens the first block's span can tell exactly; 0 where it tells none."""
         return max((one.rank(update) for one in self.tables if one.sites[0].clue == "read"), default=0)
 
     @torch.no_grad()
-    def _reading(self, owners: Sequence[_Owner], length: int) -> Iterator[Table]:
+    def _reading(self, owners: Sequence[Owner], length: int) -> Iterator[Table]:
         """Tables of the layers whose input is a token's own."""
         ids = self._drawn("inputs", 3, 8)
         ids[1, 3] = ids[0, 3]
         ids[2] = ids[0].roll(1)
         seen = [self._inputs(owners, row[None]) for row in ids]
-        alone: dict[str, _Owner] = {}
+        alone: dict[str, Owner] = {}
         for one in owners:
             at = [inputs.get(one.name) for inputs in seen]
             if at[0] is not None and at[1] is not None and len(at[0]) == 8 and torch.allclose(at[0][3], at[1][3]):
                 alone[one.name] = one
-        groups: list[list[_Owner]] = []
+        groups: list[list[Owner]] = []
         for one in alone.values():  # queries, keys and values get the same, so their spans are one
             like = [group for group in groups if _same(seen[0][group[0].name], seen[0][one.name])]
             like[0].append(one) if like else groups.append([one])
@@ -178,7 +174,7 @@ class Inversion:
             sites = tuple(Site(one.name, one.transposed, "read") for one in group)
             yield _table(sites, tokens)
 
-    def _vocabulary(self, owner: _Owner, shift: int, length: int) -> torch.Tensor:
+    def _vocabulary(self, owner: Owner, shift: int, length: int) -> torch.Tensor:
         """[vocabulary, width]: the layer's input for each token, at the position (its number + `shift`) mod `length`."""
         size = -(-self.vocabulary // length) * length
         rows = (torch.arange(size) % self.vocabulary).reshape(-1, length).roll(shift, 1)
@@ -186,11 +182,11 @@ class Inversion:
         width = found[0].shape[-1]
         return torch.cat(found).reshape(-1, length, width).roll(-shift, 1).reshape(-1, width)[: self.vocabulary]
 
-    def _inputs(self, owners: Sequence[_Owner], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _inputs(self, owners: Sequence[Owner], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """float64[tokens, in] of each layer that runs on tokens, by the parameter's name."""
         seen: dict[str, torch.Tensor] = {}
 
-        def watch(owner: _Owner) -> Any:
+        def watch(owner: Owner) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
                     flat = args[0].detach().reshape(-1, args[0].shape[-1])
@@ -205,7 +201,7 @@ class Inversion:
             run(self._model, _batch(ids))
         return seen
 
-    def _predicting(self, owners: Sequence[_Owner]) -> Iterator[Table]:
+    def _predicting(self, owners: Sequence[Owner]) -> Iterator[Table]:
         """The table of the layers whose output has the head's gradient, scaled feature by feature as a norm does."""
         head = getattr(self._backbone, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Linear):  # a classifier's head tells classes, not tokens
@@ -230,7 +226,7 @@ class Inversion:
             yield _table(sites, (rows - rows.mean(0))[None])  # a gradient is a difference of rows
 
     def _gradients(
-        self, owners: Sequence[_Owner], ids: torch.Tensor, head: nn.Module
+        self, owners: Sequence[Owner], ids: torch.Tensor, head: nn.Module
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """float64[tokens, out] of the gradients at the layers' outputs, and [tokens, hidden] of that at the head."""
         found: dict[str, torch.Tensor] = {}
@@ -271,7 +267,7 @@ def standard(scores: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Owner:
+class Owner:
     """A module that has a trained matrix for its own."""
 
     name: str
@@ -281,7 +277,7 @@ class _Owner:
     transposed: bool
 
 
-def _owners(tuned: Tuned) -> Iterator[_Owner]:
+def owners(tuned: Tuned) -> Iterator[Owner]:
     linears = {linear.path: linear for linear in describe(_base(tuned.model)).linears}
     names = {parameter: name for name, parameter in tuned.trainable().items()}
     paths = {module: path for path, module in _base(tuned.model).named_modules()}
@@ -293,7 +289,7 @@ def _owners(tuned: Tuned) -> Iterator[_Owner]:
             transposed = linear is not None and linear.transposed
             if parameter.ndim == 2:
                 out, into = reversed(parameter.shape) if transposed else parameter.shape
-                yield _Owner(names[parameter], module, int(into), int(out), transposed)
+                yield Owner(names[parameter], module, int(into), int(out), transposed)
 
 
 def _base(model: Any) -> Any:
@@ -301,7 +297,7 @@ def _base(model: Any) -> Any:
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def still(model: nn.Module) -> Iterator[None]:
     """Within it no parameter gets a gradient, and dropout is off.
 
     A layer of frozen and trained factors also takes its long way then, through its factors one by one.
@@ -331,7 +327,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _spanned(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spanned(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The singular values [rank], the largest first, and right singular vectors [rank, width], without rounding's."""
     squares, vectors = torch.linalg.eigh(rows.T @ rows)
     kept = (squares > EXACT**2 * squares[-1].clamp_min(1e-30)).nonzero().flatten().flip(0)

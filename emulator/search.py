@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 
 from farfield.kernels import nf4
+from farfield.protocols.durable import write
 from farfield.protocols.errors import EmulatorError
 from farfield.protocols.sections import Emulator
 
@@ -288,6 +289,4 @@ def _read(path: Path) -> dict[Choice, Candidate]:
 
 
 def _write(path: Path, candidates: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps([asdict(one) for one in candidates], indent=1), encoding="utf-8")
-    partial.replace(path)
+    write(path, json.dumps([asdict(one) for one in candidates], indent=1).encode())

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from farfield.protocols.durable import write
 from farfield.protocols.errors import DataError
 from farfield.protocols.seeds import derive
 
@@ -97,10 +98,8 @@ class PublicText:
         arrays: dict[str, NDArray[Any]] = {}
         for name, windows in (("train", self.train), ("held_out", self.held_out)):
             arrays |= {f"{name}.tokens": windows.tokens, f"{name}.bounds": windows.bounds}
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_bytes(save(arrays, metadata={"pad_id": str(self.train.pad_id)}))
-            partial.replace(path)
+            write(path, save(arrays, metadata={"pad_id": str(self.train.pad_id)}))
         except OSError as error:
             raise DataError(f"cannot be written: {error.strerror}", where=path) from None
 

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 
-def write(file: Path, raw: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+def write(file: Path, raw: bytes, *, mode: int = 0o666, durable: bool = True) -> None:
     """Put `raw` at `file`, whole or not at all; with `durable` it is on the disk before this returns.
+
+    Args:
+        mode: the file's, less what the umask takes away.
 
     Raises:
         OSError: as the disk says; what was there before is still there.

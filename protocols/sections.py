@@ -97,6 +97,11 @@ class TuningSettings(Settings):
         return True
 
     @property
+    def merges(self) -> bool:
+        """Whether it can be folded into the weights, whatever the model."""
+        return True
+
+    @property
     def corrects_rounding(self) -> bool:
         """Whether it begins with what quantising the backbone has taken away, instead of with nothing."""
         return False

@@ -54,7 +54,8 @@ class CanariesInOneRun(Attack):
     def run(self, subject: Subject) -> Finding:
         drawn = draw(subject)
         # 1. How far the loss of each canary fell: the more, the likelier it was trained on.
-        course, examples = subject.course, [one.example for one in drawn.canaries]
+        asked, course = drawn.canaries + drawn.controls, subject.course
+        examples = [one.example for one in asked]
         before, after = (
             np.array(subject.notes.values(f"canaries/{name}", partial(losses, subject.bench, adapter, examples)))
             for name, adapter in (("initial", subject.initial), ("released", course.adapter(course.rounds)))
@@ -76,7 +77,7 @@ class CanariesInOneRun(Attack):
         )
         levels = {"records": bounds(rankings)}
         if clients is not None:
-            rankings.append(Ranking("clients", np.array(clients.scores), np.array(clients.included)))
+            rankings.append(Ranking("clients", np.array(clients.scores), np.array(clients.included), np.zeros(0)))
             levels["clients"] = bounds(rankings[-1:])
         seen = _seen(subject, drawn)
         return Finding(
@@ -91,7 +92,7 @@ class CanariesInOneRun(Attack):
             plots=(shown.curves(rankings), *(shown.bounds(name, level) for name, level in levels.items())),
             tables=(shown.kinds(rankings),),
             data={
-                "kind": [one.kind for one in drawn.canaries],
+                "kind": shown.flags(one.kind == KINDS[0] for one in asked),
                 "client": [one.client for one in drawn.canaries],
                 "included": shown.flags(one.included for one in drawn.canaries),
                 "targets": [_targets(example) for example in examples],
@@ -106,9 +107,12 @@ class CanariesInOneRun(Attack):
 
 def _rankings(drawn: Canaries, fell: NDArray[np.float64]) -> list[Ranking]:
     """All canaries in one order, and each kind by itself: one of them may show much more than the other."""
-    kinds = np.array([one.kind for one in drawn.canaries])
+    tossed, apart = len(drawn.canaries), []
     included = np.array([one.included for one in drawn.canaries])
-    apart = [Ranking(kind, fell[kinds == kind], included[kinds == kind]) for kind in KINDS]
+    for kind in KINDS:
+        mine = np.array([one.kind == kind for one in drawn.canaries + drawn.controls])
+        scores = fell[:tossed][mine[:tossed]]
+        apart.append(Ranking(kind, scores, included[mine[:tossed]], fell[tossed:][mine[tossed:]]))
     return [together("both kinds", apart), *apart]
 
 

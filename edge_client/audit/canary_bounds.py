@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -18,11 +18,22 @@ CONFIDENCE: Final = 0.95
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranking:
-    """Canaries that are put in one order: a score of each, and whether it was in the run."""
+    """Canaries that are put in one order.
+
+    Attributes:
+        scores: of those that a coin was thrown for, and `included`, how it fell.
+        controls: scores of others that were never in the run.
+    """
 
     name: str
     scores: NDArray[np.float64]
     included: NDArray[np.bool_]
+    controls: NDArray[np.float64]
+
+    @property
+    def sides(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The scores of what was in the run, and of what was not."""
+        return self.scores[self.included], np.concatenate([self.scores[~self.included], self.controls])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +99,21 @@ def measured(
 
 
 def each(tests: int) -> float:
-    """The confidence of each bound where there are two of so many rankings, and all are to hold at 95 % (Bonferroni)."""
+    """The confidence of each bound, two of each ranking, with which all hold together at 95 % (Bonferroni)."""
     return 1 - (1 - CONFIDENCE) / (2 * tests)
 
 
 def together(name: str, kinds: Sequence[Ranking]) -> Ranking:
     """Several kinds in one order: each kind's scores with mean 0 and variance 1, one kind after the other."""
+    scaled = [_standardised(one) for one in kinds]
     return Ranking(
         name,
-        np.concatenate([_standardised(one.scores) for one in kinds]),
-        np.concatenate([one.included for one in kinds]),
+        np.concatenate([one.scores for one in scaled]),
+        np.concatenate([one.included for one in scaled]),
+        np.concatenate([one.controls for one in scaled]),
     )
 
 
-def _standardised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    spread = float(scores.std())
-    return (scores - scores.mean()) / spread if spread else np.zeros_like(scores)
+def _standardised(one: Ranking) -> Ranking:
+    middle, spread = float(one.scores.mean()), float(one.scores.std()) or 1.0
+    return replace(one, scores=(one.scores - middle) / spread, controls=(one.controls - middle) / spread)

@@ -80,7 +80,7 @@ def measure(subject: Subject, claimed: float, confidence: float) -> ClientCanari
         for aggregate in filter(None, aggregates):
             for name in total:
                 total[name] += aggregate[name]
-        return [round(len(members) * _along(total, direction(subject, number)) / norm, 6) for number in range(CANARIES)]
+        return [round(len(members) * _along(total, direction(subject, number)) / norm, 6) for number in range(count)]
 
     scores = subject.notes.values("canaries/clients", make)
     return ClientCanaries(tuple(scores), included, plan.training.rounds, len(honest))

@@ -9,6 +9,7 @@ nearer to a record that somebody would mind about.
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -41,6 +42,11 @@ _TRIES: Final = 50
 _NAMES: Final = ("Ada", "Bela", "Chiara", "Dario", "Edith", "Farid", "Greta", "Hana", "Ivo", "Jonas", "Kemal", "Lena")
 
 
+CONTROLS: Final = 1000
+"""How many more are made in the same way and never put in: true positives at 0.1 % false ones take a thousand of them.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Canary:
     """One record of a client, in its data where `included`."""
@@ -57,10 +63,12 @@ class Canaries:
     """All of an audit, in lots that are the same each time.
 
     Attributes:
+        controls: ones that no coin was thrown for; they are in no client's data.
         share: of the tokens that the clients train on, which part those put in are.
     """
 
     canaries: tuple[Canary, ...]
+    controls: tuple[Canary, ...]
     share: float
 
 
@@ -73,18 +81,24 @@ def draw(subject: Subject) -> Canaries:
     rare = _rare_tokens(subject, list(data.values()), generator)
     texts = {name: _texts(subject, one) for name, one in data.items()}
     names = generator.sample(list(data), len(data))
+    known: set[str] = set()
+
+    def made(place: int, *, included: bool) -> Canary:
+        kind, name = KINDS[place % 2], names[place // 2 % len(names)]
+        while True:
+            text = _new(subject, rare, generator) if kind == "new tokens" else _natural(texts[name], generator)
+            if text not in known:
+                known.add(text)
+                return _canary(subject, kind, name, text, generator, included=included)
+
     drawn: list[Canary] = []
-    cost, known = 0, set[str]()
+    cost = 0
     while len(drawn) < FEWEST or (cost / 2 < SHARE * tokens and len(drawn) < MOST):
-        kind, name = KINDS[len(drawn) % 2], names[len(drawn) // 2 % len(names)]
-        text = _new(subject, rare, generator) if kind == "new tokens" else _natural(texts[name], generator)
-        if text in known:
-            continue
-        known.add(text)
-        drawn.append(_canary(subject, kind, name, text, generator, included=coins.random() < 0.5))
+        drawn.append(made(len(drawn), included=coins.random() < 0.5))
         cost += len(drawn[-1].example.input_ids)
     put_in = sum(len(one.example.input_ids) for one in drawn if one.included)
-    return Canaries(tuple(drawn), put_in / (put_in + tokens))
+    controls = tuple(made(place, included=False) for place in range(CONTROLS))
+    return Canaries(tuple(drawn), controls, put_in / (put_in + tokens))
 
 
 def _canary(
@@ -105,14 +119,13 @@ def _cut(example: Example, size: int) -> Example:
 
 
 def _new(subject: Subject, rare: Sequence[int], generator: random.Random) -> str:
-    """Rare tokens in a row, of which the tokenizer makes the same tokens again; as words, where it never does."""
-    tokenizer = subject.bench.tokenizer
-    for _ in range(_TRIES):
-        chosen = generator.sample(rare, min(_TOKENS, len(rare)))
-        text = str(tokenizer.decode(chosen))
+    """Rare tokens in a row, of which the tokenizer makes the same tokens again; letters, where there are none."""
+    for _ in range(_TRIES if len(rare) >= _TOKENS else 0):
+        chosen = generator.sample(rare, _TOKENS)
+        text = str(subject.bench.tokenizer.decode(chosen))
         if _ids(subject, text) == chosen:
             return text
-    return " ".join(str(tokenizer.decode([one])).strip() for one in generator.sample(rare, min(_TOKENS, len(rare))))
+    return "".join(generator.choices(string.ascii_lowercase, k=2 * _TOKENS))
 
 
 def _rare_tokens(subject: Subject, data: Sequence[ClientData], generator: random.Random) -> list[int]:

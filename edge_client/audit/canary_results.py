@@ -20,20 +20,15 @@ _COUNTS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def figures(levels: Mapping[str, Measured], rankings: Sequence[Ranking]) -> tuple[Figure, ...]:
     bounds = [figure for name, level in levels.items() for figure in _bounds(name, level)]
-    rates = [_rate(one, tpr_at_fpr(*sides(one), fpr)) for one in rankings for fpr in RATES]
+    rates = [_rate(one, tpr_at_fpr(*one.sides, fpr)) for one in rankings for fpr in RATES]
     return (*bounds, *(_area(one) for one in rankings), *rates)
-
-
-def sides(one: Ranking) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of what was in the run, and of what was left out."""
-    return one.scores[one.included], one.scores[~one.included]
 
 
 def curves(rankings: Sequence[Ranking]) -> Plot:
     """ROC on logarithmic axes. A rate of zero has no place there and is drawn at the edge."""
-    low = 0.5 / max(len(one.scores) for one in rankings)
+    low = 0.5 / max(len(side) for one in rankings for side in one.sides)
     return Plot(
-        title="Canaries found, against canaries left out that are taken for them",
+        title="Canaries that are found, against others that are taken for them",
         x=Axis(label="false positive rate", log=True, low=low, high=1),
         y=Axis(label="true positive rate", log=True, low=low, high=1),
         series=tuple(_series(one, low) for one in rankings),
@@ -71,14 +66,14 @@ def bounds(name: str, level: Measured) -> Plot:
 def kinds(rankings: Sequence[Ranking]) -> Table:
     rows = []
     for one in rankings:
-        inside, outside = sides(one)
+        inside, outside = one.sides
         area = auc(inside, outside)
         rates = [_cell(tpr_at_fpr(inside, outside, fpr)) for fpr in RATES]
         counts = (one.name, str(len(inside)), str(len(outside)))
         rows.append((*counts, f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})", *rates))
     return Table(
         title="Canaries by kind",
-        columns=("kind", "put in", "left out", "AUC", *(f"found at {fpr:.1%} false positives" for fpr in RATES)),
+        columns=("kind", "put in", "not put in", "AUC", *(f"found at {fpr:.1%} false positives" for fpr in RATES)),
         rows=tuple(rows),
         caption="95 % intervals in brackets. AUC: the share of pairs of a canary that was in the run and one that was "
         "not in which the first has the higher score.",
@@ -118,7 +113,7 @@ def _bound(name: str, found: OneRunBound, claimed: float | None, note: str, *, h
 
 
 def _area(one: Ranking) -> Figure:
-    area = auc(*sides(one))
+    area = auc(*one.sides)
     interval = Interval(low=area.low, high=area.high)
     return Figure(name=f"AUC, {one.name}", value=area.value, interval=interval, chance=0.5, ceiling=1.0)
 
@@ -126,7 +121,7 @@ def _area(one: Ranking) -> Figure:
 def _rate(one: Ranking, rate: TprAtFpr) -> Figure:
     title = f"canaries found at {rate.fpr:.1%} false positives, {one.name}"
     if rate.tpr is None or rate.measured_fpr is None:
-        note = f"takes {rate.needed} canaries that were left out"
+        note = f"takes {rate.needed} canaries that were not put in"
         return Figure(name=title, value=None, unit="%", chance=rate.fpr, note=note)
     false = rate.measured_fpr
     return Figure(
@@ -136,13 +131,13 @@ def _rate(one: Ranking, rate: TprAtFpr) -> Figure:
         interval=Interval(low=rate.tpr.low, high=rate.tpr.high),
         chance=rate.fpr,
         ceiling=1.0,
-        note=f"{false.successes} of {false.trials} that were left out are taken for ones that were put in",
+        note=f"{false.successes} of {false.trials} that were not put in are taken for ones that were",
     )
 
 
 def _series(one: Ranking, low: float) -> Series:
     """The points at which the curve turns."""
-    curve = roc(*sides(one))
+    curve = roc(*one.sides)
     ways = np.diff(np.stack([curve.false_positives, curve.true_positives]), axis=1) > 0
     kept = np.concatenate([[True], (ways[:, 1:] != ways[:, :-1]).any(axis=0), [True]])
     x, y = (tuple(np.maximum(rate[kept], low).round(6).tolist()) for rate in (curve.fpr, curve.tpr))
@@ -151,5 +146,5 @@ def _series(one: Ranking, low: float) -> Series:
 
 def _cell(rate: TprAtFpr) -> str:
     if rate.tpr is None:
-        return "too few left out"
+        return "too few not put in"
     return f"{rate.tpr.value:.1%} ({rate.tpr.low:.1%} to {rate.tpr.high:.1%})"

@@ -11,7 +11,6 @@ from .attack import Attacker
 from .canary_bounds import Measured, Ranking
 from .canary_clients import ClientCanaries
 from .canary_records import Canaries
-from .canary_results import sides
 from .subject import Subject
 
 
@@ -33,7 +32,8 @@ def tried(subject: Subject, drawn: Canaries, seen: Sequence[float], clients: Cli
     said = [
         f"{len(drawn.canaries)} canary records were made for this audit, half of them rows of tokens that the clients' "
         "data hardly ever use, half of them words of the clients' own data with a detail drawn by lot. A coin put "
-        f"{len(put_in)} of them into the clients' data, once each, and left the others out.",
+        f"{len(put_in)} of them into the clients' data, once each, and left the others out. "
+        f"{len(drawn.controls):,} more were never put in, only to say how often such records are mistaken.",
         f"They are {drawn.share:.1%} of the tokens that the clients train on. One that was put in {times}.",
         f"Each was scored by how far its loss fell from the adapter before the first round to {_released(subject)}, "
         "and the highest and lowest scores were guessed to have been in and out (Steinke, Nasr and Jagielski 2023). "
@@ -61,7 +61,7 @@ def found(levels: Mapping[str, Measured], rankings: Sequence[Ranking], delta: fl
     for name, level in levels.items():
         said += [_bound(name, level, delta), _promise(name, level, delta)]
     for one in rankings:
-        area = auc(*sides(one))
+        area = auc(*one.sides)
         said.append(
             f"Of a pair of canaries one of which was in the run, the right one is taken in {area.value:.1%} of cases "
             f"for {one.name} (95 % interval {area.low:.1%} to {area.high:.1%}); guessing comes to 50 %."
@@ -102,11 +102,13 @@ def _promise(name: str, level: Measured, delta: float) -> str:
             f"{promise}, and is not refuted; some success of an attack is what such a promise allows. {which}, the "
             f"lower bound is {sharper.epsilon:.2f}, and could have been {sharper.ceiling:.2f}."
         )
+    if max(level.bound.ceiling, sharper.ceiling) <= level.claimed:
+        return (
+            f"{promise}. No guesses about so few canaries could have refuted that: it stands untested here, and "
+            "excuses nothing that was found."
+        )
     return (
-        f"{promise}. No guesses about so few canaries could have refuted that: it stands untested here, and excuses "
-        "nothing that was found."
-        if max(level.bound.ceiling, sharper.ceiling) <= level.claimed
-        else f"{promise}. Held against Gaussian noise the lower bound is {sharper.epsilon:.2f}; since batches are sampled, "
+        f"{promise}. Held against Gaussian noise the lower bound is {sharper.epsilon:.2f}; since batches are sampled, "
         "that does not refute the promise, and is no good sign."
     )
 

@@ -16,7 +16,7 @@ from .attack import Attack, Attacker, register
 from .subject import Owner, Say, Subject
 
 STEPS: Final = 60
-"""Steps of tuning, and of each attack: what a buyer may spend here. `coordinator emulator leakage --steps` takes more."""
+"""Steps of tuning, and of each attack: what a buyer may spend here."""
 
 
 @dataclass(slots=True)

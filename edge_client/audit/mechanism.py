@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Final, final
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from farfield.protocols.audit.noise import NoiseComparison, compare_noise
 from farfield.protocols.audit.releases import Claim, ReleaseBound, audit
 from farfield.protocols.audit.whiteness import whiteness
 from farfield.protocols.errors import PrivacyError
+from farfield.protocols.plan import Plan
 from farfield.protocols.privacy import clipping
 from farfield.protocols.privacy.accounting import Gaussian, Release, spent
 from farfield.protocols.privacy.mechanism import ClientMechanism, ExampleMechanism, mechanism, promised
@@ -95,7 +96,7 @@ class Mechanism(Attack):
         checks = [*_size_and_shape(wide, compared), *_fresh(noise), *_counted(made, wide, noise, clients)]
 
         subject.say("releasing with a canary and without", 1, 4)
-        narrow = source(plan, min(size, _WIDE), clients)
+        narrow = source(plan, min(size, _values_for(plan)), clients)
         canary = _direction(narrow, random)
         bounds = _bounds(subject, made, narrow, canary)
         checks += [_within(one) for one in bounds]
@@ -311,6 +312,13 @@ class _Bound:
         )
 
 
+def _values_for(plan: Plan) -> int:
+    """Over so many values a canary has to be spread so that the range of a masked value cuts none of them."""
+    if plan.privacy.kind == "example" or plan.protection.kind != "secagg" or plan.value_range is None:
+        return _WIDE
+    return min(8 * _WIDE, max(_WIDE, math.ceil((plan.privacy.clipping_norm / plan.value_range) ** 2)))
+
+
 def _direction(narrow: Source, random: np.random.Generator) -> NDArray[np.float32]:
     """A canary of the clipping norm, or a rounding less, spread over all values."""
     signs = random.choice([-1.0, 1.0], narrow.dimension)
@@ -379,7 +387,7 @@ def _hostile(dimension: int, norm: float) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def _longest(vectors: Iterable[NDArray[np.floating]]) -> float:  # type: ignore[type-arg]
+def _longest(vectors: Iterable[NDArray[np.floating[Any]]]) -> float:
     return max(float(np.linalg.norm(one.astype(np.longdouble))) for one in vectors)
 
 

@@ -97,4 +97,5 @@ def _gaussians(logits: Floats, chosen: Flags) -> tuple[Floats, float]:
 
 
 def _log_density(at: Floats, mean: Floats, spread: float) -> Floats:
-    return -(((at - mean) / spread) ** 2) / 2 - np.log(spread)
+    density: Floats = -(((at - mean) / spread) ** 2) / 2 - np.log(spread)
+    return density

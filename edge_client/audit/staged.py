@@ -204,8 +204,8 @@ class Aggregation:
         vectors = [self.company.setting.vector(self.layout, name) for name in clients]
         total = vectors[0]
         for vector in vectors[1:]:
-            total += vector
-        total &= np.array((1 << self.layout.modulus_bits) - 1, total.dtype)
+            np.add(total, vector, out=total)
+        np.bitwise_and(total, (1 << self.layout.modulus_bits) - 1, out=total)
         return total
 
 

@@ -32,6 +32,10 @@ class BitFit(PeftMethod):
     targets: Targets = "all-linear"
 
     @property
+    def merges(self) -> bool:
+        return False  # a model without biases has no place for them
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=True)
 

@@ -48,6 +48,10 @@ class Bottleneck(TuningMethod):
     drop: Annotated[int, Field(ge=0)] = 0
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def by_example(self) -> bool:
         return True
 

@@ -51,6 +51,10 @@ class Lst(TuningMethod):
     every: PositiveInt = 1
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def by_block(self) -> bool:
         return False
 

@@ -45,6 +45,10 @@ class Meft(TuningMethod):
     bits: Literal[1, 2, 4, 8] = 4
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=False)
 

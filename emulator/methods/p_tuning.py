@@ -33,6 +33,10 @@ class PTuning(PeftMethod):
     hidden_size: Annotated[int, Field(ge=1)] | None = None
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=False)
 

@@ -37,6 +37,10 @@ class PrefixTuning(PeftMethod):
     hidden_size: Annotated[int, Field(ge=1)] | None = None
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def by_example(self) -> bool:
         return True
 

@@ -30,6 +30,10 @@ class PromptTuning(PeftMethod):
     initial: Literal["vocabulary", "normal"] = "vocabulary"
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=True)
 

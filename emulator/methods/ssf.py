@@ -39,6 +39,10 @@ class Ssf(TuningMethod):
     shift: Literal["everywhere", "with-bias"] = "everywhere"
 
     @property
+    def merges(self) -> bool:
+        return False  # a shift needs a bias
+
+    @property
     def sharing(self) -> Sharing:
         return Sharing(exact=True)
 

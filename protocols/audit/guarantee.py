@@ -112,7 +112,7 @@ def _randomness(report: Report) -> Answer:
 def _tests(report: Report) -> Answer:
     tests = [one for one in report.findings if one.verdict in ("passed", "failed")]
     if not tests:
-        return "Tests of it", "This audit made no test of the machinery itself."
+        return "Tests of it", "This audit made no test of the protection itself."
     told = "; ".join(f"{one.title}: {one.verdict}" for one in tests)
     return "Tests of it", f"{told}."
 

@@ -6,7 +6,6 @@ The page is made of the report alone. It is not signed; the report is, so the pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from . import svg
 from .finding import Figure, Finding, Interval, Plot, Table
 from .guarantee import chapters
 from .report import Report
-from .wording import epsilon, number, printable, sentence
+from .wording import capital, epsilon, number, printable, sentence
 
 VERDICTS: Final = {
     "leak": ("▲", "Leak found"),
@@ -122,7 +121,7 @@ def figure(shown: Figure) -> Row:
         return "" if value is None else quantity(value, shown.unit)
 
     return Row(
-        name=shown.name,
+        name=capital(shown.name),
         value=text(shown.value) or "none",
         interval="" if shown.interval is None else interval(shown.interval, shown.unit),
         chance=text(shown.chance),
@@ -135,8 +134,8 @@ def figure(shown: Figure) -> Row:
 def quantity(value: float, unit: str) -> str:
     """ "12.5 %", "3.1 bits", "0.42": the value with its unit. A share, from 0 to 1, is shown in percent."""
     if unit == "%":
-        return f"{number(100 * value)} %"
-    return f"{number(value)} {unit}".rstrip()
+        return f"{number(100 * value, 3)} %"
+    return f"{number(value, 3)} {unit}".rstrip()
 
 
 def interval(shown: Interval, unit: str) -> str:
@@ -211,10 +210,9 @@ def _drawing(plot: Plot, name: str) -> Drawing:
 
 def _bounds(report: Report) -> Markup | None:
     """The chart of claimed ε beside measured bounds and their ceilings; None where no attack measured one."""
-    claimed = report.promise.epsilon if report.promise else None
     rows = [
-        svg.Bound(one.title, each.value, each.ceiling, claimed if each.claimed is None else each.claimed)
-        for one, each in _epsilons(report)
+        svg.Bound(capital(each.name), each.value, each.ceiling, each.claimed)
+        for each in _epsilons(report)
         if each.value is not None
     ]
     if not rows:
@@ -222,11 +220,17 @@ def _bounds(report: Report) -> Markup | None:
     return Markup(svg.bounds(rows, "Lower bounds on ε that were measured", "bounds"))  # noqa: S704 - escaped there
 
 
-def _epsilons(report: Report) -> Iterable[tuple[Finding, Figure]]:
-    """The headline figures that are lower bounds on ε: what they are is in their name or unit."""
-    return (
-        (one, each) for one in report.findings for each in one.figures if each.headline and "ε" in each.name + each.unit
-    )
+def _epsilons(report: Report) -> list[Figure]:
+    """The headline figures that are lower bounds on ε: what they are is in their name or unit.
+
+    What each is held against is its own claim. The Plan's is not always that: it may be of another unit.
+    """
+    return [
+        each
+        for one in report.findings
+        for each in one.figures
+        if each.headline and each.value is not None and "ε" in each.name + each.unit
+    ]
 
 
 def _subject(report: Report) -> str:
@@ -239,12 +243,14 @@ def _subject(report: Report) -> str:
 
 def _verdict(report: Report) -> tuple[str, str, str]:
     """Kind, sign and words of the verdict on the whole."""
-    if any(one.verdict == "failed" for one in report.findings):
-        return "failed", "✕", "A test of the machinery failed"
+    verdicts = [one.verdict for one in report.findings]
+    failed = "failed" in verdicts
     if _exceeded(report):
-        return "leak", "▲", "More leaked than the Plan claims"
-    if any(one.verdict == "leak" for one in report.findings):
-        return "leak", "▲", "Leaks were found"
+        return "leak", "▲", f"More leaked than the Plan claims{', and a test failed' if failed else ''}"
+    if "leak" in verdicts:
+        return "leak", "▲", f"Leaks were found{', and a test failed' if failed else ''}"
+    if failed:
+        return "failed", "✕", "A test of the protection failed"
     if not report.findings:
         return "untried", "–", "Nothing was tried"
     return "no leak found", "○", "No leak was found"
@@ -263,9 +269,9 @@ def _lead(report: Report) -> str:
     if tests:
         failed = sum(one.verdict == "failed" for one in tests)
         if len(tests) == 1:
-            told.append(f"One test of the machinery was made, and {'failed' if failed else 'passed'}.")
+            told.append(f"One test of the protection was made, and {'failed' if failed else 'passed'}.")
         else:
-            told.append(f"{len(tests)} tests of the machinery were made; {failed or 'none'} of them failed.")
+            told.append(f"{len(tests)} tests of the protection were made; {failed or 'none'} of them failed.")
     left = len(report.untried)
     if left:
         told.append(f"{left} {'attack was' if left == 1 else 'attacks were'} not tried.")
@@ -281,22 +287,24 @@ def _claim(report: Report) -> str:
         return none if found else f"{none} That no leak was found does not mean that there is none."
     said = f"The Plan claims {epsilon(claim.epsilon, claim.delta)} for one {claim.unit}."
     if over := _exceeded(report):
-        return f"{said} That does not hold: an attack measured an ε of at least {number(over)}."
-    bounded = claim.epsilon is not None and any(True for _ in _epsilons(report))
-    if bounded:
+        told = figure(over)
+        return (
+            f"{said} That does not hold: {told.name}, was measured to be {told.value}, and claimed is {told.claimed}."
+        )
+    held = [one for one in _epsilons(report) if one.claimed is not None]
+    if held and all(one.ceiling is not None and one.ceiling <= (one.claimed or 0) for one in held):
+        most = max(one.ceiling or 0 for one in held)
+        reach = f"an ε above {number(most, 3)} could not have been shown, however much leaks"
+        return f"{said} This was not falsified at 95 % by these attacks, and could not be: {reach}."
+    if held:
         return f"{said} This was not falsified at 95 % by these attacks."
-    return f"{said} None of these attacks measured an ε, so none could have falsified it."
+    return f"{said} None of these attacks measured an ε to hold it against, so none could have falsified it."
 
 
-def _exceeded(report: Report) -> float | None:
-    """The largest measured lower bound on ε that is above what is claimed."""
-    claimed = report.promise.epsilon if report.promise else None
-    over = []
-    for _, one in _epsilons(report):
-        promised = claimed if one.claimed is None else one.claimed
-        if one.value is not None and promised is not None and one.value > promised:
-            over.append(one.value)
-    return max(over, default=None)
+def _exceeded(report: Report) -> Figure | None:
+    """The largest measured lower bound on ε that is above what is claimed of it."""
+    over = [one for one in _epsilons(report) if one.claimed is not None and (one.value or 0) > one.claimed]
+    return max(over, key=lambda one: one.value or 0, default=None)
 
 
 def _rounds(report: Report) -> str:

@@ -104,11 +104,12 @@ def bounds(rows: Sequence[Bound], title: str, name: str) -> str:
     Args:
         rows: one at least.
     """
-    measured = [value for row in rows for value in (row.value, row.ceiling) if value is not None]
+    values, ceilings = [row.value for row in rows], [row.ceiling for row in rows if row.ceiling is not None]
     claims = {row.claimed for row in rows if row.claimed is not None}
-    # A claim that is far beyond what any attack could show would press all bars together at the left.
-    shown = [claim for claim in claims if claim <= 8 * max(measured)]
-    most = max(*measured, *shown, 1e-9)
+    # What is far beyond the rest is cut off at the right: it would press all bars together at the left.
+    shown = [claim for claim in claims if claim <= 8 * max(values + ceilings)]
+    near = max(values + shown)
+    most = max(near, *(one for one in ceilings if not shown or one <= 3 * near), 1e-9)
     left, right, each = 4.0, WIDTH - 26.0, 62.0
     top = 26.0 if len(claims) == 1 else 6.0
 
@@ -118,23 +119,23 @@ def bounds(rows: Sequence[Bound], title: str, name: str) -> str:
     parts, told = [], []
     for index, row in enumerate(rows):
         y = top + each * index
-        claim = "" if row.claimed is None else f"claimed: {number(row.claimed)}"
+        claim = "" if row.claimed is None else f"claimed: {number(row.claimed, 3)}"
         label = f"{row.label} ({claim})" if claim and len(claims) > 1 else row.label
-        reach = "" if row.ceiling is None else f", of at most {number(row.ceiling)} that it could show"
+        reach = "" if row.ceiling is None else f", of at most {number(row.ceiling, 3)} that it could show"
         parts.append(_text(left, y + 13, _cut(label, WIDTH - left), "strong"))
-        parts.append(_text(left, y + 29, f"at least {number(row.value)}{reach}", "title"))
+        parts.append(_text(left, y + 29, f"at least {number(row.value, 3)}{reach}", "title"))
         if row.ceiling is not None:
             parts.append(_rect("reach", left, y + 36, place(row.ceiling) - left, 14))
         parts.append(_rect("bar", left, y + 36, max(place(row.value) - left, 2.5), 14))
         if row.claimed is not None:
             parts.append(f'<path class="claim" d="M{place(row.claimed):.1f} {y + 32:.1f}V{y + 54:.1f}"/>')
-        told.append(f"{row.label}: at least {number(row.value)}{reach}{claim and f'; {claim}'}.")
+        told.append(f"{row.label}: at least {number(row.value, 3)}{reach}{claim and f'; {claim}'}.")
     if len(claims) == 1:
         (only,) = claims
         at, far = place(only), "" if only in shown else " (far beyond the right edge)"
         end = at > WIDTH / 2
         parts.append(
-            _text(at + 4 if end else at, 13, f"claimed: {number(only)}{far}", "strong", "end" if end else "start")
+            _text(at + 4 if end else at, 13, f"claimed: {number(only, 3)}{far}", "strong", "end" if end else "start")
         )
     return _svg(name, title, " ".join(told), top + each * len(rows), "".join(parts))
 
@@ -220,8 +221,8 @@ def _marker(index: int, x: float, y: float) -> str:
         "m0 4.2l4 -7h-8z",  # triangle on its head
         "m-3.2 -1.2h2v-2h2.4v2h2v2.4h-2v2h-2.4v-2h-2z",  # plus
     )
-    kind = index % _KINDS
-    return f'<path class="marker c{kind}" d="M{x:.1f} {y:.1f}{shapes[kind]}"/>'
+    shape = shapes[(index + 2 * (index // _KINDS)) % _KINDS]
+    return f'<path class="marker c{index % _KINDS}" d="M{x:.1f} {y:.1f}{shape}"/>'
 
 
 def _diagonal(x: Scale, y: Scale) -> str:
@@ -249,7 +250,7 @@ def _marks(marks: Sequence[Mark], box: Box, y: Scale) -> str:
 
 
 def _dashed(index: int) -> str:
-    dashes = _DASHES[index % len(_DASHES)]
+    dashes = _DASHES[(index + index // _KINDS) % _KINDS]  # the seventh has the first one's colour, and other dashes
     return f' stroke-dasharray="{dashes}"' if dashes else ""
 
 

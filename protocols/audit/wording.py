@@ -8,13 +8,13 @@ from typing import Final
 _SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def number(value: float) -> str:
-    """To four digits at most, as a person writes it: "1,200", "0.05", "−3.2", "2×10⁻⁷"."""
+def number(value: float, digits: int = 4) -> str:
+    """To so many digits, as a person writes it: "1,200", "0.05", "−3.2", "2×10⁻⁷"."""
     if not value:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
     if -4 <= exponent < 7:
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        text = f"{value:,.0f}" if abs(value) >= 10**digits / 10 else f"{value:.{digits}g}"
         if "e" not in text:
             return text.replace("-", "−")
     mantissa, _, power = f"{value:.2e}".partition("e")
@@ -28,10 +28,14 @@ def printable(words: str) -> str:
     return "".join(one if one.isprintable() else " " for one in words)
 
 
+def capital(words: str) -> str:
+    """The same with a capital first. A symbol stays as it is: Ε is not ε."""
+    return f"{words[:1].upper()}{words[1:]}" if words[:1].isascii() else words
+
+
 def sentence(clause: str) -> str:
-    """A clause as a sentence of its own. A symbol stays as it is: Ε is not ε."""
-    first = clause[:1].upper() if clause[:1].isascii() else clause[:1]
-    return f"{first}{clause[1:].rstrip('.')}."
+    """A clause as a sentence of its own."""
+    return f"{capital(clause).rstrip('.')}."
 
 
 def epsilon(value: float | None, delta: float) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from farfield.protocols.durable import sync
 from farfield.protocols.errors import PrivacyError
 
 from .accounting import Release, Spent, spent
@@ -225,7 +226,7 @@ class Ledger:
         if size < self._read:
             raise PrivacyError("is shorter than it was", where=self.path, hint=_MENDING)
         if size == 0:
-            _sync_folder(self.path.parent)  # the name of a new file is on the disk before anything in it counts
+            sync(self.path.parent)  # the name of a new file is on the disk before anything in it counts
         raw = _read(file, self._read, size)
         *lines, rest = raw.split(b"\n")
         for line in lines:
@@ -331,11 +332,3 @@ def _read(file: int, start: int, end: int) -> bytes:
         parts.append(part)
         start += len(part)
     return b"".join(parts)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

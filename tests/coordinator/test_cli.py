@@ -120,6 +120,16 @@ def test_the_console_prints_what_it_is_given(place: Place, command: Launcher) ->
     assert f"coordinator export my[/b]runs/{run.name} OUT --merged" in ended.out
 
 
+def test_nobody_is_told_to_merge_what_cannot_be_merged(place: Place, command: Launcher) -> None:
+    plan = place.path / "plan.toml"
+    text = plan.read_text(encoding="utf-8").replace('kind = "lora"', 'kind = "prompt-tuning"').replace("rank = 2\n", "")
+    plan.write_text(text, encoding="utf-8")
+    ended = command.run(place, *SIMULATE)
+    assert (ended.status, ended.err) == (0, "")
+    assert "Adapter" in ended.out
+    assert "--merged" not in ended.out
+
+
 def test_export_says_where_it_went(place: Place, command: Launcher) -> None:
     finished(place, command.run(place, *SIMULATE))
     run = place.run().relative_to(place.path)

@@ -12,6 +12,8 @@ from pathlib import Path
 import commands
 import pytest
 
+from farfield.edge_client.cli import REVOKED
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNITS = {"farfield-coordinator": "coordinator", "farfield-edge-client": "edge-client"}
 MOST_EXPOSED = 15
@@ -21,7 +23,7 @@ KNOWN = {
     "Unit": {"Description", "Wants", "After", "AssertPathExists", "StartLimitIntervalSec"},
     "Service": {
         *("Type", "User", "Group", "ExecStart", "KillMode", "KillSignal", "TimeoutStopSec", "Restart", "RestartSec"),
-        "SuccessExitStatus",
+        *("SuccessExitStatus", "RestartPreventExitStatus"),
         *("Environment", "WorkingDirectory", "StateDirectory", "StateDirectoryMode", "UMask"),
         *("ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateMounts", "PrivateDevices", "PrivateUsers"),
         *("PrivateIPC", "RemoveIPC", "ProtectClock", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules"),
@@ -214,6 +216,10 @@ def test_systemd_would_find_a_wrong_and_an_exposed_unit(name: str, tmp_path: Pat
             assert complaint in analysed(analyse, folder, name, text)
     else:
         print(UNASKED)
+
+
+def test_a_client_that_was_revoked_is_not_started_again() -> None:
+    assert parse(read("farfield-edge-client"))["Service"]["RestartPreventExitStatus"] == [str(REVOKED)]
 
 
 @pytest.mark.parametrize("name", UNITS)

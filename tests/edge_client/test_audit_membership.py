@@ -72,7 +72,8 @@ def subject(folder: Path, sections: tiny.Document, clients: int = 2, records: in
                 rows = [row | {"label": generator.randrange(labels)} for row in rows]
             file = folder / "clients" / f"client-{client}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return audits.subject(folder, **SEALED | sections)
+    given: dict[str, Any] = SEALED | sections
+    return audits.subject(folder, **given)
 
 
 SEEN: tiny.Document = {"data": DATA, "training": {"rounds": 1, "steps": 20}}
@@ -384,3 +385,4 @@ def test_scores_stay_numbers_where_losses_are_extreme() -> None:
         assert np.isfinite(one(released, shadows, trained)).all()
     assert scores.rmia(released, shadows).tolist() == [1.0, 0.0, 0.5]
     assert scores.loss_difference(np.array([3.0]), np.array([1.0])).tolist() == [2.0]
+    assert scores.rmia(np.ones(3), np.array([[1.0, 1.0, 2.0]] * 2)).tolist() == [0.5, 0.5, 1.0], "a tie is beaten"

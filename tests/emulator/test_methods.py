@@ -241,6 +241,12 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(name: str, family: st
     torch.testing.assert_close(logits(merged, family), before, rtol=0, atol=1e-5)
 
 
+def test_what_is_said_to_merge_merges_into_every_family() -> None:
+    """That it does is tested above, but for the pairs of `UNMERGEABLE`."""
+    some = {kind for kind, _ in UNMERGEABLE}
+    assert {kind for kind in registered() if not METHODS[kind].merges} == some
+
+
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_a_bfloat16_model_stays_bfloat16(name: str, family: str) -> None:
     tuned = install(name, family, dtype=torch.bfloat16)

@@ -24,6 +24,7 @@ from toy import CLIENTS, place, plan
 
 from farfield.coordinator.authority import Authority
 from farfield.coordinator.neighbours import SameUser
+from farfield.edge_client.cli import REVOKED
 from farfield.edge_client.fleet import Fleet
 from farfield.edge_client.home import Home
 from farfield.edge_client.resident import federation_channel
@@ -248,7 +249,7 @@ def test_a_node_that_is_revoked_while_it_attends(running: Federation, toy: Path)
     client = running.join("traitor", toy / "data" / CLIENTS[1])
     keys = Home.open(running.path / "traitor").keys()
     running.command("coordinator", "revoke", "traitor", "--because", "laptop lost", "--home", running.home)
-    assert client.wait() == 2
+    assert client.wait() == REVOKED
     assert "was revoked on" in client.output and "UTC: laptop lost. With a new invitation" in client.output
     with (
         federation_channel(f"localhost:{running.ports['federation']}", keys) as channel,

@@ -62,5 +62,8 @@ def test_the_choice_is_the_callers(name: str) -> None:
 def test_what_does_not_run_there_is_refused_and_not_replaced() -> None:
     with pytest.raises(LookupError, match=r"'stacked\.truncated' runs on cpu, not on 'cuda'"):
         dispatch.choose("stacked.truncated", Implementation.FAST, "cuda")
+    for name, device in (("perturb.add_", "cpu"), ("nf4.linear", "cuda")):
+        with pytest.raises(LookupError, match=rf"'{name}' has no version for '{device}' in Triton"):
+            dispatch.choose(name, Implementation.TRITON, device)
     with pytest.raises(LookupError, match=r"no kernel 'stacked\.svd'; there are: .*stacked\.truncated"):
         dispatch.choose("stacked.svd", Implementation.FAST, "cpu")

@@ -54,7 +54,7 @@ def report(example: str = "private.toml", **changes: Any) -> Report:
         "rounds": (*rounds, lost),
         "promise": promised,
         "ledger": spent,
-        "findings": findings(promised and promised.epsilon),
+        "findings": findings(promised.epsilon if promised else None),
         "untried": UNTRIED,
     }
     return Report.model_validate({**values, **changes})
@@ -116,7 +116,7 @@ def canaries(claimed: float | None) -> Finding:
         limits=("Records that stand out more than these may be remembered better.",),
         figures=(
             Figure(
-                name="Lower bound on ε",
+                name="ε at least, by one-run canaries",
                 value=0.12,
                 interval=Interval(low=0.12),
                 chance=0.0,
@@ -272,7 +272,7 @@ def inversion(claimed: float | None) -> Finding:
                 headline=True,
             ),
             Figure(
-                name="Lower bound on ε, of many releases",
+                name="ε at least, by many releases",
                 value=0.9,
                 interval=Interval(low=0.9, confidence=0.99),
                 ceiling=3.1,

@@ -12,9 +12,10 @@ import reports
 from farfield.protocols.audit.finding import Figure, Finding, Interval
 from farfield.protocols.audit.page import VERDICTS, figure, interval, page, quantity
 from farfield.protocols.audit.report import Report
+from farfield.protocols.audit.wording import capital
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-EVIL = "<script>alert('x')</script>\"><img src=http://x.example/ onerror=alert(1)>{{ 7*6181 }}\u202e\x00&amp;"
+EVIL = "<script>alert('x')</script>\"><img src=http://x.example/ onerror=alert(1)>{{ 7*6181 }}\u202e\x00&amp;ε"
 
 REPORT = reports.report()
 PAGE = page(REPORT, reports.PUBLIC)
@@ -88,7 +89,13 @@ def test_a_page_is_whole_and_asks_for_nothing() -> None:
 
 def test_whatever_stands_in_a_report_stays_text() -> None:
     findings = [evil(one.model_dump(mode="json")) for one in REPORT.findings]
-    changes = {"data": EVIL, "backbone": EVIL, "emulator": EVIL, "farfield": EVIL, "versions": {EVIL: EVIL}}
+    changes: dict[str, Any] = {
+        "data": EVIL,
+        "backbone": EVIL,
+        "emulator": EVIL,
+        "farfield": EVIL,
+        "versions": {EVIL: EVIL},
+    }
     assert REPORT.promise is not None and REPORT.ledger is not None
     report = reports.report(
         findings=findings,
@@ -104,7 +111,7 @@ def test_whatever_stands_in_a_report_stays_text() -> None:
     assert not [key for _, attrs in found.tags for key in attrs if key.startswith("on")]
     assert "\u202e" not in text and "\x00" not in text
     assert "alert('x')" in found.text and "{{ 7*6181 }}" in found.text and "43267" not in found.text
-    assert found.text.count("&amp;") > 50  # not one of them was taken for what is escaped already
+    assert found.text.count("&amp;ε") > 50  # not one of them was taken for what is escaped already
     assert [tag for tag, _ in found.tags if tag == "svg"] == [tag for tag, _ in read().tags if tag == "svg"]
 
 
@@ -115,7 +122,7 @@ def test_every_part_of_a_finding_is_on_the_page() -> None:
         for words in (one.title, *one.tried, *one.found, *one.limits):
             assert words in text
         for shown in one.figures:
-            assert shown.name in text and shown.note in text
+            assert capital(shown.name) in text and shown.note in text
         for plot in one.plots:
             assert plot.title in text and plot.caption in text
             assert all(series.label in text for series in plot.series)
@@ -162,21 +169,32 @@ def bound(value: float, claimed: float | None = None, verdict: str = "no leak fo
 def test_the_summary_counts_what_was_found() -> None:
     told = lead(REPORT)
     assert "Leaks were found" in told and "4 attacks were made; 2 of them found something beyond chance" in told
-    assert "One test of the machinery was made, and passed. 2 attacks were not tried." in told
+    assert "One test of the protection was made, and passed. 2 attacks were not tried." in told
     assert "Not tried: Emulator; Backdoor by one client." in told
 
 
 def test_a_claim_is_not_falsified_or_it_is() -> None:
-    within, beyond = (lead(reports.report(findings=(bound(value, verdict="leak"),))) for value in (3.0, 9.0))
+    within, beyond = (lead(reports.report(findings=(bound(value, 8.0, "leak"),))) for value in (3.0, 9.0))
     assert "claims ε = 7.999 at δ = 10⁻⁵ for one example. This was not falsified at 95 % by these attacks." in within
     assert "Leaks were found" in within and "More leaked" not in within
-    assert "That does not hold: an attack measured an ε of at least 9." in beyond and "not falsified" not in beyond
+    assert (
+        "That does not hold: Lower bound on ε, was measured to be 9, and claimed is 8." in beyond
+        and "not falsified" not in beyond
+    )
     assert "More leaked than the Plan claims" in beyond
 
 
 def test_a_claim_that_no_attack_could_falsify_is_not_said_to_stand() -> None:
-    told = lead(reports.report(findings=(reports.exposure(),)))
-    assert "None of these attacks measured an ε" in told and "not falsified" not in told
+    for finding in (reports.exposure(), bound(9.0, claimed=None)):  # the second is of another unit than the claim
+        told = lead(reports.report(findings=(finding,)))
+        assert "None of these attacks measured an ε" in told and "not falsified" not in told
+        assert "does not hold" not in told and "More leaked" not in told
+
+
+def test_a_claim_that_was_out_of_reach_is_said_to_be() -> None:
+    near, far = (lead(reports.report(findings=(bound(3.0, claimed),))) for claimed in (8.0, 20.0))
+    assert "not falsified at 95 % by these attacks." in near
+    assert "not falsified at 95 % by these attacks, and could not be: an ε above 20 could not have been shown" in far
 
 
 def test_without_a_claim_there_is_none_to_stand() -> None:
@@ -185,10 +203,12 @@ def test_without_a_claim_there_is_none_to_stand() -> None:
     assert "falsified" not in told and "No leak was found" in told
 
 
-def test_a_failed_test_of_the_machinery_comes_first() -> None:
+def test_a_failed_test_is_not_hidden_by_leaks() -> None:
     failed = reports.self_test().model_copy(update={"verdict": "failed"})
     told = lead(reports.report(findings=(failed, reports.exposure())))
-    assert "A test of the machinery failed" in told and "One test of the machinery was made, and failed" in told
+    assert "Leaks were found, and a test failed" in told
+    told = lead(reports.report(findings=(failed,)))
+    assert "A test of the protection failed" in told and "One test of the protection was made, and failed" in told
 
 
 def test_an_audit_without_attacks_found_nothing_out() -> None:
@@ -197,10 +217,10 @@ def test_an_audit_without_attacks_found_nothing_out() -> None:
 
 
 def test_the_chart_has_a_bound_beside_its_ceiling_and_the_claim() -> None:
-    text = page(reports.report(findings=(bound(3.0),)), reports.PUBLIC)
+    text = page(reports.report(findings=(bound(3.0, 8.0),)), reports.PUBLIC)
     told = re.search(r'<desc id="bounds-d">(.*?)</desc>', text)
     assert told is not None
-    assert told[1] == "Canaries: at least 3, of at most 20 that it could show; claimed: 7.999."
+    assert told[1] == "Lower bound on ε: at least 3, of at most 20 that it could show; claimed: 8."
     assert 'id="bounds-d"' not in page(reports.report(findings=(reports.exposure(),)), reports.PUBLIC)
 
 

@@ -188,8 +188,8 @@ def test_a_promise_has_the_numbers_of_the_mechanism() -> None:
     found, made = promise(PLAN), mechanism(PLAN)
     assert found is not None and made is not None
     assert found.unit == "example" and found.delta == 1e-5 and found.noise_multiplier == made.release.noise_multiplier
-    assert found.epsilon == pytest.approx(8, rel=0.01) and found.epsilon_rdp is not None
-    assert found.epsilon <= 8 and found.epsilon_rdp > found.epsilon
+    assert found.epsilon is not None and found.epsilon_rdp is not None
+    assert 7.9 < found.epsilon <= 8 and found.epsilon_rdp > found.epsilon
     assert found.accountant.startswith("PLD (dp-accounting ")
     assert found.counted.startswith("2 steps in each of all 4 rounds")
     assert "probability 0.2" in found.sampling and found.enforced and "operating system" in found.enforcement

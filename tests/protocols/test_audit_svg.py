@@ -177,11 +177,11 @@ def test_zero_on_a_logarithmic_axis_is_at_its_edge() -> None:
 
 
 def test_an_interval_is_a_band_or_a_whisker() -> None:
-    values = {"x": (0.0, 1.0), "y": (1.0, 2.0), "low": (0.5, 1.5), "high": (1.5, 2.5)}
-    lines = drawn(svg.plot(plot(Series(label="a", **values)), "p"))
-    ((one, two, three, four),) = points(lines, "band")
-    assert one[0] == four[0] and two[0] == three[0] and one[1] > four[1] and two[1] > three[1]
-    dots = drawn(svg.plot(plot(Series(label="a", style="points", **values)), "p"))
+    one = Series(label="a", x=(0.0, 1.0), y=(1.0, 2.0), low=(0.5, 1.5), high=(1.5, 2.5))
+    lines = drawn(svg.plot(plot(one), "p"))
+    ((a, b, c, d),) = points(lines, "band")
+    assert a[0] == d[0] and b[0] == c[0] and a[1] > d[1] and b[1] > c[1]
+    dots = drawn(svg.plot(plot(one.model_copy(update={"style": "points"})), "p"))
     assert len(points(dots, "whisker")[0]) == 2 and not points(dots, "band") and not points(dots, "line")
 
 
@@ -230,6 +230,9 @@ def test_series_differ_in_more_than_colour() -> None:
         path.get("d", "").partition("m")[2] for path in element.iter(f"{SVG}path") if "marker" in path.get("class", "")
     }
     assert len(shapes) == 6
+    swatches = [svg.swatch(index) for index in range(18)]
+    looks = [(re.findall(r'stroke-dasharray="[^"]*"', one), re.findall(r" c\d", one)) for one in swatches]
+    assert all(looks.count(one) == 1 for one in looks)
 
 
 def test_what_cannot_be_seen_is_said() -> None:
@@ -265,6 +268,14 @@ def test_a_claim_beyond_all_bounds_does_not_press_them_together() -> None:
     near, far = (svg.bounds([svg.Bound("canaries", 1.0, 3.0, claimed)], "t", "b") for claimed in (3.0, 3000.0))
     assert widths(near, "bar") == widths(far, "bar")
     assert "far beyond the right edge" in far and "far beyond" not in near and claim(far)[0] <= svg.WIDTH
+
+
+def test_a_ceiling_beyond_all_else_does_not_press_bounds_together() -> None:
+    short, long = (svg.bounds([svg.Bound("a", 2.0, ceiling, 6.0)], "t", "b") for ceiling in (6.0, 600.0))
+    assert widths(short, "bar") == widths(long, "bar") and widths(long, "reach")[0] <= svg.WIDTH - 4
+    assert "of at most 600" in long
+    (alone,) = widths(svg.bounds([svg.Bound("a", 2.0, 600.0, None)], "t", "b"), "bar")
+    assert alone < widths(short, "bar")[0] / 10  # without a claim, the ceiling is what it is beside
 
 
 def test_claims_that_differ_stand_at_their_bounds() -> None:
