@@ -15,11 +15,13 @@ DEFAULT_KEY = Path("~/.farfield/audit-key.pem")
 
 
 class _Group(TyperGroup):
-    """Takes a first word that names no command for the argument of `run`: `audit PLAN` is `audit run PLAN`."""
+    """Takes a first word that names no command for an argument of `default`: `audit PLAN` is `audit run PLAN`."""
+
+    default = "run"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["run", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 

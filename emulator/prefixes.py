@@ -21,7 +21,7 @@ from .inversion import Owner, owners, spanned, still
 from .methods import Tuned
 from .streams import run
 
-HELD: Final = 0.98
+HELD: Final = 0.9993
 """The share of an input's square that a span must hold for the beginning to be taken for a true one; bfloat16 takes some
 of it away."""
 

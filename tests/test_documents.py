@@ -264,6 +264,8 @@ def command(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that the words begin with, the first of which is its app, and the words after its name."""
     found, words = app(words[0]), words[1:]
     while isinstance(found, click.Group) and words and not words[0].startswith("-"):
+        default = getattr(found, "default", None)
+        words = [default, *words] if default and words[0] not in found.commands else words
         assert words[0] in found.commands, f"there is no command {words[0]!r}"
         found, words = found.commands[words[0]], words[1:]
     return found, words

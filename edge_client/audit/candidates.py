@@ -140,12 +140,12 @@ def _touched(subject: Subject, train: Sequence[Example], planted: Sequence[Recor
     for record in {repr(record): record for record in planted}.values():
         whole = encode(record, subject.bench.tokenizer, settings, task, "planted")
         for piece in [whole] if settings.packing else arrange([whole], settings):
-            for begin in _occurrences(stream, np.asarray(piece.input_ids)):
+            for begin in occurrences(stream, np.asarray(piece.input_ids)):
                 found.update(owner[begin : begin + len(piece.input_ids)].tolist())
     return found
 
 
-def _occurrences(stream: NDArray[np.intc], wanted: NDArray[np.intc]) -> list[int]:
+def occurrences(stream: NDArray[np.intc], wanted: NDArray[np.intc]) -> list[int]:
     """Where `wanted` begins in `stream`; its last tokens may be missing where the stream ends."""
     begins = np.flatnonzero(stream == wanted[0])
     return [int(at) for at in begins if np.array_equal(stream[at : at + len(wanted)], wanted[: len(stream) - at])]

@@ -66,7 +66,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(folder: Path, **sections: dict[str, Any]) -> Finding:
-    one = subject(folder, clients=5, records_each=24, tuning=OPEN, training=LEARNS, data={"max_length": 24}, **sections)
+    learnt: dict[str, dict[str, Any]] = {"tuning": OPEN, "training": LEARNS, "data": {"max_length": 24}}
+    one = subject(folder, 5, 24, 1, **learnt, **sections)
     assert BackdoorAttack().unfit(one) is None
     return BackdoorAttack().run(one)
 

@@ -231,7 +231,7 @@ def test_noise_that_is_not_there_refutes_the_promise(tmp_path: Path, monkeypatch
     monkeypatch.setattr(releasing.central, "noised", weak)
     finding = made(audits.subject(tmp_path, clients=3, **by_client(4.0)))
     bound = figure(finding, "ε at least, clients")
-    assert finding.verdict == "leak" and bound.value > bound.claimed and bound.value == bound.ceiling
+    assert finding.verdict == "leak" and bound.value > bound.claimed and figure(finding, "AUC, clients").value > 0.99
     assert any("That is refuted" in sentence for sentence in finding.found)
 
 
@@ -275,8 +275,12 @@ def test_labels_by_lot_are_learnt_by_heart(tmp_path: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "clients" / f"client-{client}.jsonl").write_text(lines, encoding="utf-8")
-    sections = LEARNS | {"data": {"max_length": 48, "packing": None}, "model": model}
-    sections["training"] = LEARNS["training"] | {"steps": 60}
+    sections = {
+        "model": model,
+        "tuning": {"kind": "lora", "rank": 8},
+        "data": {"max_length": 48, "packing": None},
+        "training": {"rounds": 4, "steps": 40, "learning_rate": 0.02},
+    }
     subject = audits.subject(tmp_path, **sections)
     assert all(isinstance(one.record, Labelled) for one in draw(subject).canaries)
     finding = made(subject)
@@ -285,7 +289,7 @@ def test_labels_by_lot_are_learnt_by_heart(tmp_path: Path) -> None:
 
 
 def test_it_says_where_it_cannot_be_made(tmp_path: Path) -> None:
-    subject = audits.subject(tmp_path, tuning={"share": "a"})
+    subject = audits.subject(tmp_path, tuning={"local_b": True})
     assert "keeps a part of what it trains at home" in (ATTACK.unfit(subject) or "")
 
 

@@ -10,7 +10,9 @@ import shutil
 import signal
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ import pytest
 import tiny
 from scipy.stats import norm
 
+from farfield.coordinator import plans
+from farfield.coordinator.audited import Simulated
+from farfield.coordinator.simulation import sources
+from farfield.edge_client import data
 from farfield.edge_client.audit import Planted, Planting, Subject
 from farfield.edge_client.audit import membership_scores as scores
 from farfield.edge_client.audit.attack import registered
-from farfield.edge_client.audit.candidates import candidates, visits
+from farfield.edge_client.audit.candidates import candidates, occurrences, visits
 from farfield.edge_client.audit.losses import WORST, losses
 from farfield.edge_client.audit.membership_results import (
     BLIND,
@@ -37,12 +43,16 @@ from farfield.edge_client.audit.membership_results import (
     result,
 )
 from farfield.edge_client.audit.membership_words import found
+from farfield.edge_client.audit.notes import Notes
 from farfield.edge_client.audit.shadows import halves
-from farfield.edge_client.data import Example, collate
-from farfield.edge_client.records import Text
+from farfield.edge_client.data import ClientData, Example, collate
+from farfield.edge_client.records import Record, Text
 from farfield.edge_client.train import evaluate
+from farfield.emulator import backbone
+from farfield.emulator.bench import Bench
 from farfield.protocols.audit.finding import Finding
 from farfield.protocols.errors import AuditError
+from farfield.protocols.seeds import derive
 
 ATTACK = registered()["membership"]
 
@@ -111,10 +121,10 @@ def test_rare_rates_are_given_where_there_are_enough_non_members(leaky: tuple[Su
 
 
 def test_a_finding_holds_what_its_scores_follow_from(leaky: tuple[Subject, Finding]) -> None:
-    data: Any = leaky[1].data
-    members = np.array([flag == "1" for flag in data["member"]])
-    trained = np.array([[flag == "1" for flag in row] for row in data["trained_by_shadow"]])
-    again = scores.rmia(np.array(data["loss_released"]), np.array(data["loss_shadows"]))
+    raw: Any = leaky[1].data
+    members = np.array([flag == "1" for flag in raw["member"]])
+    trained = np.array([[flag == "1" for flag in row] for row in raw["trained_by_shadow"]])
+    again = scores.rmia(np.array(raw["loss_released"]), np.array(raw["loss_shadows"]))
     wins = np.sign(again[members][:, None] - again[~members][None]) / 2 + 0.5
     assert figure(leaky[1], "AUC, RMIA").value == pytest.approx(wins.mean(), abs=1e-12)
     assert trained.shape == (4, len(members)) and (trained.sum(axis=0) == 2).all()
@@ -132,10 +142,10 @@ def test_a_finding_holds_what_its_scores_follow_from(leaky: tuple[Subject, Findi
 
 def test_shadows_learn_their_own_half(leaky: tuple[Subject, Finding]) -> None:
     """If they did not, LiRA and RMIA would measure noise."""
-    data: Any = leaky[1].data
+    raw: Any = leaky[1].data
     measured, trained = (
-        np.array(data["loss_shadows"]),
-        np.array([list(row) for row in data["trained_by_shadow"]]) == "1",
+        np.array(raw["loss_shadows"]),
+        np.array([list(row) for row in raw["trained_by_shadow"]]) == "1",
     )
     for losses_, inside in zip(measured, trained, strict=True):
         assert losses_[inside].mean() < losses_[~inside].mean() - 0.1
@@ -215,8 +225,8 @@ def test_an_edge_client_alone_tests_its_own_update(tmp_path: Path) -> None:
 def test_it_asks_about_labels_where_the_plan_learns_them(tmp_path: Path) -> None:
     """Labels by lot can only be known by heart."""
     model = {"task": "sequence-classification", "labels": 4}
-    data = DATA | {"packing": None, "truncate": None}
-    made = subject(tmp_path, LEARNS | {"data": data, "model": model}, labels=4)
+    texts = DATA | {"packing": None, "truncate": None}
+    made = subject(tmp_path, LEARNS | {"data": texts, "model": model}, labels=4)
     finding = ATTACK.run(made)
     assert finding.verdict == "leak" and figure(finding, "AUC, RMIA").value > 0.65
     assert max(finding.model_dump()["data"]["loss_initial"]) < 5, "the loss of one label, not of a text"
@@ -258,8 +268,8 @@ def test_each_client_has_the_same_share_of_both_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", [True, False])
 def test_what_others_planted_is_no_member(tmp_path: Path, packing: bool) -> None:
     """Planted records look like nothing that is held out, and would be told apart by that."""
-    data = DATA if not packing else {"packing": True, "max_length": 24, "held_out": 0.5}
-    made = subject(tmp_path, SEEN | {"data": data}, records=80)
+    texts = DATA if not packing else {"packing": True, "max_length": 24, "held_out": 0.5}
+    made = subject(tmp_path, SEEN | {"data": texts}, records=80)
     records = tuple(Planted("client-0.jsonl", Text(f"QQQ {number} ZZZ QZZ"), times=2) for number in range(3))
     made.plantings["other"] = Planting(records=records)
     planted = [example for example in made.members["client-0.jsonl"].data().train if "QQ" in _text(made, example)]
@@ -267,6 +277,12 @@ def test_what_others_planted_is_no_member(tmp_path: Path, packing: bool) -> None
     asked = candidates(made)
     assert asked.members[[name == "client-0.jsonl" for name in asked.clients]].any()
     assert not [example for example in asked.examples if any(mark in _text(made, example) for mark in "QZ")]
+
+
+def test_a_planted_record_is_found_where_its_end_was_dropped() -> None:
+    stream = np.array([1, 2, 3, 1, 2, 4, 1, 2], np.intc)
+    assert occurrences(stream, np.array([1, 2, 3], np.intc)) == [0, 6]
+    assert occurrences(stream, np.array([2, 4], np.intc)) == [4, 7] and not occurrences(stream, np.array([5], np.intc))
 
 
 def _text(made: Subject, example: Example) -> str:
@@ -309,6 +325,46 @@ def test_every_example_is_in_half_of_the_shadows() -> None:
     assert chosen.shape == (4, 101) and (chosen.sum(axis=0) == 2).all()
     assert chosen.sum(axis=1).tolist() == [50, 51, 50, 51] and (chosen[0] != chosen[2]).any()
     assert (chosen == halves(101, 4, seed=1)).all() and (chosen != halves(101, 4, seed=2)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("example", "least", "most"), [("quickstart", 0.65, 0.95), ("private", 0.35, 0.6)])
+def test_the_examples_as_they_are(tmp_path: Path, example: str, least: float, most: float) -> None:
+    """The demo's federation gives its examples away, and the one with DP-SGD does not as far as can be seen."""
+    finding = ATTACK.run(builtin(tmp_path, example))
+    assert least < figure(finding, "AUC, RMIA").value < most
+    assert 0.4 < figure(finding, "AUC, loss before training").value < 0.6
+    rate = figure(finding, "members found at 1.0% false positives, RMIA")
+    if example == "quickstart":
+        assert finding.verdict == "leak" and rate.interval.low > 0.02
+    assert len(finding.model_dump_json()) < 200_000
+
+
+def builtin(folder: Path, example: str) -> Subject:
+    """The Plan of `examples/`, over the built-in clients."""
+    file = Path(__file__).parents[2] / "examples" / f"{example}.toml"
+    plan = plans.load(file)
+    model = backbone.resolve(plan.model.backbone, file.parent)
+    bench = Bench(plan, model)
+    initial, own = bench.adapter(), {one.name: one for one in sources(8, None)}
+
+    def prepare(name: str, planted: Sequence[Record] = ()) -> ClientData:
+        texts = [Text(text) for text in own[name].texts or ()]
+        seed = derive(plan.training.seed, "held-out", name)
+        return data.prepare(texts, bench.tokenizer, plan.data, plan.model.task, seed, name, planted)
+
+    return Subject(
+        plan=plan,
+        folder=model,
+        bench=bench,
+        initial=initial,
+        seed=1,
+        clients={name: partial(prepare, name) for name in own},
+        prepare=prepare,
+        federation=Simulated(folder / "federations", bench, initial, (model, "built-in")),
+        notes=Notes(folder / "notes"),
+        say=audits.quiet,
+    )
 
 
 # LiRA and RMIA once more, one example at a time and straight from the papers.

@@ -19,7 +19,7 @@ def apart(dtype: torch.dtype, count: int, rounding: int | None, key: perturb.Key
     from farfield.kernels import triton_perturb
 
     values = torch.linspace(-1, 1, count).to(dtype)
-    ours, plain = values.to(device), values.clone()
+    ours, plain = values.clone().to(device), values.clone()
     triton_perturb.add_(ours, key, perturb.mixture(SCALES), rounding=rounding)
     perturb.add_(plain, key, perturb.mixture(SCALES), rounding=rounding)
     assert not torch.equal(plain, values)
@@ -53,4 +53,16 @@ def test_what_perturb_refuses_or_leaves_alone_it_does_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_device_adds_the_same_bits(dtype: torch.dtype, rounding: int | None) -> None:
     ours, plain = apart(dtype, 1_000_003, rounding, (3, 5), "cuda")
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.triton
+def test_what_lies_between_two_values_goes_to_the_even_one() -> None:
+    from farfield.kernels import triton_perturb
+
+    values = (1 + torch.arange(64) * 2.0**-7).bfloat16()
+    ours, plain = values.clone(), values.clone()
+    for version, one in ((triton_perturb.add_, ours), (perturb.add_, plain)):
+        version(one, (0, 0), perturb.mixture({0: 2.0**-8}))
+    assert not torch.equal(plain, values)
     assert torch.equal(ours, plain)
