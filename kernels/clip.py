@@ -83,7 +83,8 @@ def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.
     """The sum over the examples, where each example's gradient counts with a norm of at most `limit`.
 
     The norm is taken over all tensors together. A gradient that is not finite counts as zero: one example that
-    overflows must neither spoil the sum nor show in it.
+    overflows must neither spoil the sum nor show in it. So does one longer than 2¹²⁶ limits, whose factor float32 has
+    only roughly, if at all.
 
     Args:
         gradients: float32[examples, ...] of each parameter.
@@ -94,10 +95,10 @@ def clipped_sums(gradients: Sequence[torch.Tensor], limit: float) -> list[torch.
     rows = [gradient.flatten(1) for gradient in gradients]
     # The squares of what float32 holds fit into float64, and its sums round to nothing here.
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]).norm(dim=0)
-    finite = norms.isfinite()
-    if not bool(finite.all()):
-        rows = [torch.where(finite[:, None], row, 0.0) for row in rows]  # a factor of zero would leave NaN what it is
-    factors = torch.where(finite, (limit * _INSIDE / norms).clamp(max=1.0), 0.0).float()
+    counted = norms * torch.finfo(torch.float32).tiny <= limit * _INSIDE  # not of NaN, either
+    if not bool(counted.all()):
+        rows = [torch.where(counted[:, None], row, 0.0) for row in rows]  # a factor of zero would leave NaN what it is
+    factors = torch.where(counted, (limit * _INSIDE / norms).clamp(max=1.0), 0.0).float()
     sums = [torch.zeros(gradient.shape[1:], dtype=torch.float64, device=gradient.device) for gradient in gradients]
     for row, total in zip(rows, sums, strict=True):
         for some, of_them in zip(torch.split(factors, _TOGETHER), torch.split(row, _TOGETHER), strict=True):

@@ -103,10 +103,8 @@ def _promise(name: str, level: Measured, delta: float) -> str:
             f"lower bound is {sharper.epsilon:.2f}, and could have been {sharper.ceiling:.2f}."
         )
     if max(level.bound.ceiling, sharper.ceiling) <= level.claimed:
-        return (
-            f"{promise}. No guesses about so few canaries could have refuted that: it stands untested here, and "
-            "excuses nothing that was found."
-        )
+        untested = f"{promise}. No guesses about so few canaries could have refuted that: it stands untested here"
+        return f"{untested}, and excuses nothing that was found." if level.beyond_chance else f"{untested}."
     return (
         f"{promise}. Held against Gaussian noise the lower bound is {sharper.epsilon:.2f}; since batches are sampled, "
         "that does not refute the promise, and is no good sign."

@@ -66,7 +66,7 @@ class Membership(Attack):
             BLIND: -initial,
         }
         results = {name: result(score[asked.members], score[~asked.members]) for name, score in scores.items()}
-        leak = shown.leaks(results)
+        leak, control = shown.leaks(results), shown.control(known)
         alone = subject.federation is None
         return Finding(
             attack=self.name,
@@ -74,9 +74,9 @@ class Membership(Attack):
             attacker=Attacker.COORDINATOR if alone else self.attacker,
             verdict="leak" if leak else "no leak found",
             tried=words.tried(subject.plan, asked, known, alone=alone),
-            found=words.found(results, leak=leak),
+            found=words.found(results, control, leak=leak),
             limits=words.limits(subject.plan, len(known.steps), alone=alone),
-            figures=shown.figures(results),
+            figures=shown.figures(results, control),
             plots=(shown.plot(results),),
             tables=(shown.scores(results), *shown.clients(asked, scores[RMIA])),
             data={

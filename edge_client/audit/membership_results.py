@@ -14,7 +14,8 @@ from farfield.protocols.audit.finding import Axis, Figure, Interval, Plot, Serie
 from farfield.protocols.audit.intervals import Estimate
 
 from .candidates import Candidates
-from .membership_scores import Floats
+from .membership_scores import Floats, rmia
+from .shadows import Shadows
 
 RMIA: Final = "RMIA"
 LIRA: Final = "LiRA"
@@ -50,12 +51,27 @@ def result(members: Floats, non_members: Floats) -> Result:
     return Result(roc(members, non_members), auc(members, non_members), rates)
 
 
+def control(known: Shadows) -> float | None:
+    """The area that RMIA gets on the shadow adapters, of which it is known what each was trained on: their mean.
+
+    Each is attacked with those of the other pairs. None where there is one pair.
+    """
+    areas = []
+    for number, (released, trained) in enumerate(zip(known.losses, known.trained, strict=True)):
+        others = [other for other in range(len(known.losses)) if other // 2 != number // 2]
+        if not others:
+            return None
+        score = rmia(released, known.losses[others])
+        areas.append(auc(score[trained], score[~trained]).value)
+    return sum(areas) / len(areas)
+
+
 def leaks(results: Mapping[str, Result]) -> bool:
     """Whether RMIA does better than guessing, at 95 %, and than the loss before training does of itself."""
     return results[RMIA].area.low > max(0.5, results[BLIND].area.value)
 
 
-def figures(results: Mapping[str, Result]) -> tuple[Figure, ...]:
+def figures(results: Mapping[str, Result], control: float | None) -> tuple[Figure, ...]:
     areas = [
         Figure(
             name=f"AUC, {name}",
@@ -69,7 +85,9 @@ def figures(results: Mapping[str, Result]) -> tuple[Figure, ...]:
         for name, one in results.items()
     ]
     rates = [_rate(name, rate) for name in (RMIA, LIRA, LOSS) for rate in results[name].rates]
-    return (*areas, *rates)
+    note = "the mean of the shadow adapters, each attacked with those of the other pairs"
+    known = Figure(name="AUC, RMIA, where nothing protects", value=control, chance=0.5, ceiling=1.0, note=note)
+    return (*areas, *(() if control is None else (known,)), *rates)
 
 
 def _rate(name: str, rate: TprAtFpr) -> Figure:

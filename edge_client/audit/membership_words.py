@@ -50,12 +50,13 @@ def _visits(plan: Plan, asked: Candidates) -> str:
     )
 
 
-def found(results: Mapping[str, Result], *, leak: bool) -> tuple[str, ...]:
+def found(results: Mapping[str, Result], control: float | None, *, leak: bool) -> tuple[str, ...]:
     best, blind = results[RMIA], results[BLIND].area
     ranked = f"Of a member and a non-member, RMIA takes the right one for the member in {_share(best.area)} of pairs."
     apart = blind.low > 0.5 or blind.high < 0.5
     return (
         f"{ranked} {_against_guessing(best, leak=leak)}",
+        *(() if control is None else (_control(control),)),
         *(_at(rate) for rate in best.rates),
         f"The loss before training does so in {_share(blind)}: "
         + (
@@ -74,6 +75,13 @@ def _against_guessing(best: Result, *, leak: bool) -> str:
     return (
         "That is not shown to be better than guessing, which comes to 50 %. From so few examples, anything below about "
         f"{least:.0%} cannot be told from guessing."
+    )
+
+
+def _control(area: float) -> str:
+    return (
+        f"On the shadow adapters, which nothing protects, the same attack gets {area:.1%}: so much it finds where so "
+        "short a training in one place is all that stands between it and the examples."
     )
 
 

@@ -268,7 +268,7 @@ def test_labels_by_lot_are_learnt_by_heart(tmp_path: Path) -> None:
     (tmp_path / "clients").mkdir()
     tiny.write_backbone(tmp_path / "backbone")
     generator = random.Random(1)
-    for client in range(2):
+    for client in range(3):
         rows = [
             {"text": "".join(generator.choices("abcdefghij ", k=24)), "label": generator.randrange(4)}
             for _ in range(24)

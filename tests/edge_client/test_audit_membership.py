@@ -38,13 +38,14 @@ from farfield.edge_client.audit.membership_results import (
     OFFLINE,
     RMIA,
     Result,
+    control,
     figures,
     leaks,
     result,
 )
 from farfield.edge_client.audit.membership_words import found
 from farfield.edge_client.audit.notes import Notes
-from farfield.edge_client.audit.shadows import halves
+from farfield.edge_client.audit.shadows import Shadows, halves
 from farfield.edge_client.data import ClientData, Example, collate
 from farfield.edge_client.records import Record, Text
 from farfield.edge_client.train import evaluate
@@ -172,6 +173,7 @@ def test_noise_in_which_nothing_is_learnt_leaves_it_at_chance(tmp_path: Path) ->
         area = figure(finding, "AUC, RMIA")
         assert area.interval.low <= max(0.5, figure(finding, "AUC, loss before training").value)
         assert "not shown to be better than guessing" in finding.found[0]
+        assert figure(finding, "AUC, RMIA, where nothing protects").value > 0.75, "it could have found something"
 
 
 def test_a_difference_that_was_there_before_is_no_leak() -> None:
@@ -184,9 +186,9 @@ def test_a_difference_that_was_there_before_is_no_leak() -> None:
 
     assert leaks(results(1.0, 0.0)) and leaks(results(2.0, 0.5)) and leaks(results(1.0, -1.0))
     assert not leaks(results(0.0, 0.0)) and not leaks(results(-1.0, 0.0)) and not leaks(results(1.0, 1.2))
-    assert "differ of themselves, and what" in found(results(2.0, 0.5), leak=True)[-1]
-    assert "differ of themselves, and what" in found(results(2.0, -0.5), leak=True)[-1]
-    rates = figures(results(3.0, 0.0))
+    assert "differ of themselves, and what" in found(results(2.0, 0.5), None, leak=True)[-1]
+    assert "differ of themselves, and what" in found(results(2.0, -0.5), None, leak=True)[-1]
+    rates = figures(results(3.0, 0.0), None)
     (rare,) = (one for one in rates if one.name == "members found at 1.0% false positives, RMIA")
     assert rare.value is not None and rare.interval is not None and rare.interval.low is not None
     assert 0.5 < rare.interval.low < rare.value < 0.95 and rare.note.startswith("3 of 300")
@@ -422,6 +424,18 @@ def test_rmia_is_the_papers() -> None:
                 )
                 beaten += ratio_x / ratio_z >= 1
         assert score == pytest.approx(beaten / (len(released) - 1), abs=1e-12)
+
+
+def test_the_control_attacks_each_shadow_with_the_other_pair() -> None:
+    _, shadows, trained = drawn(4)
+    known = Shadows(shadows, trained, (1,) * 4)
+    areas = []
+    for one, pair in ((0, (2, 3)), (1, (2, 3)), (2, (0, 1)), (3, (0, 1))):
+        score = scores.rmia(shadows[one], shadows[list(pair)])
+        inside, outside = score[trained[one]], score[~trained[one]]
+        areas.append(statistics.mean((a > b) + (a == b) / 2 for a in inside for b in outside))
+    assert control(known) == pytest.approx(statistics.mean(areas), abs=1e-12)
+    assert control(Shadows(shadows[:2], trained[:2], (1, 1))) is None
 
 
 def test_two_shadows_are_enough_for_an_order() -> None:

@@ -127,6 +127,14 @@ def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
             torch.testing.assert_close(found, wanted, rtol=0, atol=2**-22)
 
 
+@pytest.mark.parametrize(("value", "limit"), [(1e36, 1e-3), (1e38, 1e-2), (1e38, 1e-3), (3e38, 1e-6), (1e30, 1e-3)])
+def test_no_gradient_is_too_long_to_be_clipped(value: float, limit: float) -> None:
+    """Where the factor has few bits left in float32, the product could be longer than the limit."""
+    for sign in (1, -1):
+        (found,) = clip.clipped_sums([torch.full((1, 1000), sign * value)], limit)
+        assert float(found.norm()) <= limit
+
+
 def test_many_examples_are_summed_to_what_is_promised() -> None:
     """Where one example is silent, the sum changes by its norm and by no more than the stated error beside."""
     gradients = [clip.of_linear(*layer) for layer in drawn((200, (3,)), [(5, 2), (2, 7)], seed=3)]
