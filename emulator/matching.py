@@ -16,7 +16,12 @@ from farfield.protocols.tensors import State
 
 
 def matched(
-    update: State, answer: Callable[[list[int]], State], start: Sequence[int], pool: Sequence[int], tries: int, seed: int
+    update: State,
+    answer: Callable[[list[int]], State],
+    start: Sequence[int],
+    pool: Sequence[int],
+    tries: int,
+    seed: int,
 ) -> tuple[list[int], float]:
     """The tokens whose update is most like `update`, and the cosine between the two.
 

@@ -14,13 +14,16 @@ def tried(subject: Subject, drawn: Secrets, seen: Sequence[float], looks: Sequen
     trained = {
         times: [each for one, each in zip(drawn.secrets, seen, strict=True) if one.times == times] for times in planted
     }
-    how = "are to be expected in" if subject.plan.privacy.kind == "example" else "were trained on"
-    batches = "batches, which are drawn truly at random" if subject.plan.privacy.kind == "example" else "times"
     counts = ", ".join(f"{sum(some) / len(some):.3g} ({named(times)})" for times, some in trained.items())
+    often = (
+        f"are in {counts} batches on average, which are drawn truly at random"
+        if subject.plan.privacy.kind == "example"
+        else f"were trained on {counts} times on average"
+    )
     return (
         f"Sentences that end in a code of three digits were put into clients' data, {EACH} different ones "
         f"{_listed(planted)} times each; {EACH} more were never put in. They are {drawn.share:.1%} of the tokens that "
-        f"the clients train on, and {how} {counts} {batches} on average, all copies together.",
+        f"the clients train on, and {often}, all copies together.",
         f"After {len(looks) - 1} of the rounds, and before the first, the model was asked how likely it finds each of "
         f"all {len(CODES):,} codes at the end of each sentence. Exposure is log₂ of their number less log₂ of the "
         f"planted one's rank (Carlini et al. 2019): from 0 to {MAXIMUM:.2f} bits, which is the model's first guess.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
+from farfield.edge_client.data import TokenExample
 from farfield.emulator.bench import Bench
 from farfield.emulator.inversion import Inversion, mean
 from farfield.emulator.matching import matched
@@ -110,23 +112,20 @@ def swept(reader: Reader, distinct: int, clients: int = 1, victims: int = VICTIM
 
     Empty where no client, or public text, has so many.
     """
-    subject, known, rows = reader.subject, list[list[Text]](), list[Row]()
-    for number in range(KNOWN):
-        texts = [reader.words(distinct, number * clients + one) for one in range(clients)]
-        known.append([one for one in texts if one is not None])
+    subject = reader.subject
+    known = [[reader.words(distinct, number * clients + one) for one in range(clients)] for number in range(KNOWN)]
     names = sorted(subject.clients)
-    chosen: list[list[Text]] = []
+    chosen = []
     for number in range(victims):
-        group = [names[(number + one) % len(names)] for one in range(clients)]
         seed = derive(subject.seed, "inversion", "victim", distinct, number)
-        texts = [begun(subject.clients[name]().train, distinct, derive(seed, name)) for name in group]
-        chosen.append([one for one in texts if one is not None])
-    if any(len(one) < clients for one in known + chosen):
+        group = [names[(number + one) % len(names)] for one in range(clients)]
+        chosen.append([begun(subject.clients[name]().train, distinct, derive(seed, name)) for name in group])
+    groups = [[text for text in group if text is not None] for group in (*known, *chosen)]
+    if any(len(group) < clients for group in groups):
         return []
-    presence = reader.learnt([_mean(reader, group) for group in known], [_joined(group) for group in known])
-    for group in chosen:
-        rows.append(reader.judged(presence, _mean(reader, group), _joined(group).tokens))
-    return rows
+    made = [(_mean(reader, group), _joined(group)) for group in groups]
+    learnt = reader.learnt(*zip(*made[:KNOWN], strict=True))
+    return [reader.judged(learnt, update, text.tokens) for update, text in made[KNOWN:]]
 
 
 def _mean(reader: Reader, texts: Sequence[Text]) -> State:
@@ -177,7 +176,8 @@ def in_order(reader: Reader, length: int) -> list[Row]:
             means = "matching"
 
             def answer(tokens: list[int]) -> State:
-                return reader.gradient(Text.of([type(example)(*[_ids(tokens)] * 2)]))
+                ids = array("i", tokens)
+                return reader.gradient(Text.of([TokenExample(ids, ids)]))
 
             guess, _ = matched(update, answer, common[:length], common, TRIES, seed)
         row = {"length": length, "means": means, "span": reader.inversion.span(update)}
@@ -196,12 +196,6 @@ def _ordered(reader: Reader, update: State, length: int) -> list[int]:
     tokens = read["read"].topk(min(span, reader.inversion.vocabulary)).indices.tolist()
     reader.subject.bench.load(reader.subject.bench.part(reader.start))
     return sequence(reader.subject.bench.tuned, update, tokens, 2 * length)
-
-
-def _ids(tokens: Sequence[int]) -> Any:
-    from array import array
-
-    return array("i", tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +276,7 @@ def as_planned(subject: Subject, public: Public, found: Sequence[Seen]) -> list[
 def _learnt_as_planned(reader: Reader, start: int, members: int) -> Presence:
     subject, count = reader.subject, min(members, 2)
     sizes = [len(subject.clients[name]().train) for name in sorted(subject.clients)]
-    size = int(np.median(sizes))
+    size = sorted(sizes)[len(sizes) // 2]
     updates, texts = list[State](), list[Text]()
     for number in range(KNOWN):
         parts, made = list[Text](), list[State]()

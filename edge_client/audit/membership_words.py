@@ -80,8 +80,8 @@ def _against_guessing(best: Result, *, leak: bool) -> str:
 
 def _control(area: float) -> str:
     return (
-        f"On the shadow adapters, which nothing protects, the same attack gets {area:.1%}: so much it finds where so "
-        "short a training in one place is all that stands between it and the examples."
+        f"On the shadow adapters, which were trained in one place and without protection, the same attack gets "
+        f"{area:.1%}: as much as it could be expected to find here."
     )
 
 

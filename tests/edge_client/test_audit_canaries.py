@@ -275,12 +275,8 @@ def test_labels_by_lot_are_learnt_by_heart(tmp_path: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "clients" / f"client-{client}.jsonl").write_text(lines, encoding="utf-8")
-    sections = {
-        "model": model,
-        "tuning": {"kind": "lora", "rank": 8},
-        "data": {"max_length": 48, "packing": None},
-        "training": {"rounds": 4, "steps": 40, "learning_rate": 0.02},
-    }
+    sections = LEARNS | {"data": {"max_length": 48, "packing": None}, "model": model}
+    sections["training"] = LEARNS["training"] | {"steps": 60}
     subject = audits.subject(tmp_path, **sections)
     assert all(isinstance(one.record, Labelled) for one in draw(subject).canaries)
     finding = made(subject)

@@ -336,6 +336,7 @@ def test_the_examples_as_they_are(tmp_path: Path, example: str, least: float, mo
     finding = ATTACK.run(builtin(tmp_path, example))
     assert least < figure(finding, "AUC, RMIA").value < most
     assert 0.4 < figure(finding, "AUC, loss before training").value < 0.6
+    assert figure(finding, "AUC, RMIA, where nothing protects").value > 0.7
     rate = figure(finding, "members found at 1.0% false positives, RMIA")
     if example == "quickstart":
         assert finding.verdict == "leak" and rate.interval.low > 0.02
