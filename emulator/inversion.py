@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -178,7 +179,7 @@ class Inversion:
         """[vocabulary, width]: the layer's input for each token, at the position (its number + `shift`) mod `length`."""
         size = -(-self.vocabulary // length) * length
         rows = (torch.arange(size) % self.vocabulary).reshape(-1, length).roll(shift, 1)
-        found = [self._inputs([owner], part)[owner.name] for part in rows.split(16)]
+        found = [self._inputs([owner], part)[owner.name] for part in torch.split(rows, 16)]
         width = found[0].shape[-1]
         return torch.cat(found).reshape(-1, length, width).roll(-shift, 1).reshape(-1, width)[: self.vocabulary]
 
@@ -230,18 +231,20 @@ class Inversion:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """float64[tokens, out] of the gradients at the layers' outputs, and [tokens, hidden] of that at the head."""
         found: dict[str, torch.Tensor] = {}
-        entering: list[torch.Tensor] = []
+
+        def keep(name: str, gradient: torch.Tensor) -> None:
+            found[name] = _flat(gradient)
 
         def watch(name: str, width: int) -> Any:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
                 states = output[0] if isinstance(output, tuple) else output
                 if isinstance(states, torch.Tensor) and states.requires_grad and states.shape[-1] == width:
-                    states.register_hook(lambda gradient: found.__setitem__(name, _flat(gradient)))
+                    states.register_hook(partial(keep, name))  # type: ignore[no-untyped-call]
 
             return hook
 
         def arrive(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            args[0].register_hook(lambda gradient: entering.append(_flat(gradient)))
+            args[0].register_hook(partial(keep, ""))  # type: ignore[no-untyped-call]
 
         with ExitStack() as hooks, torch.enable_grad():
             embeddings = self._backbone.get_input_embeddings()
@@ -253,7 +256,7 @@ class Inversion:
             logits = run(self._model, _batch(ids)).logits[:, -ids.shape[1] :]
             targets = self._drawn("targets", *ids.shape).to(logits.device)
             nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
-        stream = entering[0]
+        stream = found.pop("")
         return {name: one for name, one in found.items() if len(one) == len(stream)}, stream
 
     def _drawn(self, what: str, count: int, length: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Text whose gradient is like a given one, found by trying: for updates that do not show their tokens by themselves.
 
-The objective is that of gradient matching (DLG, Zhu et al. 2019; TAG, Deng et al. 2021, with the cosine of LAMP,
-Balunović et al. 2022). Token by token the best of a few candidates is kept. No gradient of a gradient is needed, so that
-every tuning method can be matched, those of zeroth order too, and what it costs is known beforehand.
+The objective is that of gradient matching (DLG, Zhu et al. 2019), with the cosine of LAMP (Balunović et al. 2022).
+Token by token the best of a few candidates is kept. No gradient of a gradient is needed, so that every tuning method
+can be matched, those of zeroth order too, and what it costs is known beforehand.
 """
 
 from __future__ import annotations

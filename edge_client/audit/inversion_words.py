@@ -86,7 +86,7 @@ def _found(
             if count == "64":
                 got, chance = _mean(rows, "precision"), _mean(rows, "chance")
                 said.append(
-                    f"From one bare gradient {when}, of 64 distinct tokens {got:.0%} are named (chance {chance:.0%})."
+                    f"From one bare gradient {when}, {got:.0%} of 64 distinct tokens are named (chance {chance:.0%})."
                 )
     if rows := single["order"]:
         said.append(
