@@ -176,7 +176,7 @@ class Inversion:
             yield _table(sites, tokens)
 
     def _vocabulary(self, owner: Owner, shift: int, length: int) -> torch.Tensor:
-        """[vocabulary, width]: the layer's input for each token, at the position (its number + `shift`) mod `length`."""
+        """[vocabulary, width]: the layer's input for each token, at position (its number + `shift`) mod `length`."""
         size = -(-self.vocabulary // length) * length
         rows = (torch.arange(size) % self.vocabulary).reshape(-1, length).roll(shift, 1)
         found = [self._inputs([owner], part)[owner.name] for part in torch.split(rows, 16)]

@@ -70,7 +70,7 @@ class CanariesInOneRun(Attack):
         bounds = partial(
             measured,
             delta=subject.plan.privacy.delta,
-            claimed=spent and spent.epsilon,
+            claimed=None if spent is None else spent.epsilon,
             gaussian=made is not None and not isinstance(made.release, SampledGaussian),
             seed=subject.seed,
             tests=tests,

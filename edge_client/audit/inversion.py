@@ -42,8 +42,6 @@ class InversionAttack(Attack):
     def unfit(self, subject: Subject) -> str | None:
         if subject.plan.model.task != "causal-lm":
             return "it goes by the tokens that a model is to predict, and a classifier predicts classes"
-        if not all(callable(one) for one in subject.clients.values()) or not subject.clients:
-            return "there is no client whose update could be attacked"
         return None
 
     def run(self, subject: Subject) -> Finding:

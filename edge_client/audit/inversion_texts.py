@@ -69,7 +69,10 @@ def public(subject: Subject) -> Public:
 
 
 def begun(examples: Sequence[Example], distinct: int, seed: int) -> Text | None:
-    """Examples in a random order, cut where so many distinct tokens have come; None where there are not so many."""
+    """Examples in a random order, cut where so many distinct tokens have come; None where there are not so many.
+
+    There may be one more, since a single token predicts nothing.
+    """
     order = [one for one in examples if isinstance(one, TokenExample)]
     random.Random(seed).shuffle(order)
     seen: set[int] = set()
@@ -77,8 +80,8 @@ def begun(examples: Sequence[Example], distinct: int, seed: int) -> Text | None:
     for one in order:
         for end, token in enumerate(one.input_ids, 1):
             seen.add(token)
-            if len(seen) == distinct and end > 1:
-                part = one.input_ids[:end]
+            if len(seen) == distinct and (end > 1 or taken):
+                part = one.input_ids[: max(end, 2)]
                 return Text.of([*taken, TokenExample(part, part)])
         taken.append(TokenExample(one.input_ids, one.input_ids))
     return None

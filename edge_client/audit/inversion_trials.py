@@ -25,10 +25,13 @@ from .subject import Subject
 Row = dict[str, Any]
 """What came of some victims: JSON-ready values, counts and shares only."""
 
-KNOWN: Final = 3
+KNOWN: Final = 2
 """Public texts that the attacker trains on to learn from, at each setting."""
 
 VICTIMS: Final = 4
+
+OWN: Final = 3
+"""Clients whose own updates are attacked in a round."""
 
 NULLS: Final = 19
 """Updates in random order and with random signs: with one real one among them, being the best has probability 1/20."""
@@ -217,7 +220,7 @@ def seen(subject: Subject) -> list[Seen]:
     course = subject.course
     rounds = sorted({1, course.rounds})
     if subject.federation is not None and subject.plan.protection.kind != "secagg":
-        names = sorted(subject.clients)[:VICTIMS]
+        names = sorted(subject.clients)[:OWN]
         found = []
         for number in rounds:
             for name in names:

@@ -98,7 +98,7 @@ def _found(
     got, chance = _mean(planned, "precision"), _mean(planned, "chance")
     nothing = float(np.mean([row["nulls"] for row in planned]))
     said.append(
-        f"From the updates as the Plan lets them out, of {_mean(planned, 'distinct'):,.0f} distinct tokens {got:.1%} are "
+        f"From the updates as the Plan lets them out, {got:.1%} of {_mean(planned, 'distinct'):,.0f} distinct tokens are "
         f"named. Chance is {chance:.1%}, and updates that hold nothing give {nothing:.1%}; "
         f"p = {luck:.2g} in a randomisation test."
     )

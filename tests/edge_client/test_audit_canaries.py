@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tiny
 
-from farfield.coordinator import releasing
 from farfield.edge_client.audit import Subject, canary_clients
 from farfield.edge_client.audit.attack import Attacker, registered
 from farfield.edge_client.audit.canary_bounds import Measured, Ranking, each, measured, together
@@ -228,7 +227,7 @@ def test_noise_that_is_not_there_refutes_the_promise(tmp_path: Path, monkeypatch
     def weak(update: Any, norm: float, multiplier: float, *rest: Any, **keys: Any) -> Any:
         return noised(update, norm, multiplier / 1000, *rest, **keys)
 
-    monkeypatch.setattr(releasing.central, "noised", weak)
+    monkeypatch.setattr(central, "noised", weak)
     finding = made(audits.subject(tmp_path, clients=3, **by_client(4.0)))
     bound = figure(finding, "ε at least, clients")
     assert finding.verdict == "leak" and bound.value > bound.claimed and figure(finding, "AUC, clients").value > 0.99
@@ -348,7 +347,7 @@ def test_a_kind_that_tells_all_is_not_drowned_by_one_that_tells_nothing() -> Non
     generator = np.random.default_rng(6)
     included = generator.random(128) < 0.5
     blind = Ranking("natural", generator.normal(size=128), generator.random(128) < 0.5, np.zeros(0))
-    sure = Ranking("new tokens", included + 0.0, included, np.zeros(0))
+    sure = Ranking("new tokens", included.astype(np.float64), included, np.zeros(0))
     rankings: Mapping[str, Ranking] = {one.name: one for one in (together("both kinds", [sure, blind]), sure, blind)}
     found = measured(list(rankings.values()), delta=1e-5, claimed=None, gaussian=False, seed=1, tests=3)
     assert found.ranking == "new tokens" and found.bound.right == found.bound.guesses.made

@@ -112,7 +112,7 @@ def norm(gradients: State | dict[str, NDArray[np.float64]]) -> float:
     return math.sqrt(sum(float((one.astype(np.float64) ** 2).sum()) for one in gradients.values()))
 
 
-def minus(one: State, other: State) -> dict[str, NDArray[np.float64]]:
+def minus(one: Arrays, other: Arrays) -> dict[str, NDArray[np.float64]]:
     return {name: one[name].astype(np.float64) - other[name] for name in one}
 
 

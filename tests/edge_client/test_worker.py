@@ -440,7 +440,7 @@ def test_an_array_that_is_made_when_it_is_asked_for_is_not_made_before() -> None
 
     def make(name: str) -> NDArray[np.float32]:
         asked.append(name)
-        return np.float32([len(name)])
+        return np.full(1, len(name), np.float32)
 
     made = Made(["a", "bb"], make)
     assert (list(made), len(made), "bb" in made, "c" in made, asked) == (["a", "bb"], 2, True, False, [])

@@ -13,7 +13,7 @@ from farfield.emulator.descent import Descent, Loss, descend
 from farfield.emulator.methods import Tuned
 from farfield.protocols.errors import TuningError
 from farfield.protocols.sections import Training
-from farfield.protocols.tensors import State
+from farfield.protocols.tensors import Arrays
 
 
 class Line(torch.nn.Module):
@@ -38,7 +38,7 @@ def squared(model: Line) -> Callable[[int], Loss]:
     return lambda _: loss
 
 
-def start(model: Line) -> State:
+def start(model: Line) -> Arrays:
     return {"slope": model.slope.detach().numpy().copy()}
 
 
@@ -82,7 +82,7 @@ def test_a_value_that_is_no_number_is_no_update() -> None:
 
 def test_a_method_may_take_its_own_steps() -> None:
     class Decrement:
-        def __init__(self, begin: State, seed: int) -> None:
+        def __init__(self, begin: Arrays, seed: int) -> None:
             self.value, self.seed = np.zeros_like(begin["slope"]), seed
 
         def step(self, number: int, rate: float, loss: Loss) -> float:
@@ -90,11 +90,11 @@ def test_a_method_may_take_its_own_steps() -> None:
             self.value -= rate * self.seed
             return loss(False)
 
-        def update(self) -> State:
+        def update(self) -> Arrays:
             return {"slope": self.value}
 
     model = Line()
-    made: Callable[[State, Training, int], Descent] = lambda begin, _, seed: Decrement(begin, seed)  # noqa: E731
+    made: Callable[[Arrays, Training, int], Descent] = lambda begin, _, seed: Decrement(begin, seed)  # noqa: E731
     update = descend(Tuned(model, descent=made), start(model), training(), squared(model), seed=3, steps=2)
     assert update["slope"] == pytest.approx([-1.5])
     assert float(model.slope.detach()) == 2.0

@@ -24,7 +24,7 @@ from farfield.kernels import perturb
 from farfield.protocols.errors import TuningError
 from farfield.protocols.sections import Training
 from farfield.protocols.seeds import derive
-from farfield.protocols.tensors import State, digest
+from farfield.protocols.tensors import Arrays, State, digest
 
 # Of peft 0.21 on transformers 5.23, where a test loads an adapter as its later user would.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -65,7 +65,9 @@ def start_of(tuned: Tuned) -> State:
     return {name: value.detach().float().cpu().numpy().copy() for name, value in tuned.trainable().items()}
 
 
-def trained(tuned: Tuned, start: State, *, seed: int = SEED, steps: int = STEPS, first: int = 0, **other: Any) -> State:
+def trained(
+    tuned: Tuned, start: State, *, seed: int = SEED, steps: int = STEPS, first: int = 0, **other: Any
+) -> Arrays:
     loss = loss_of(tuned.model)
     plan = training(steps=steps, **other)
     return descend(tuned, start, plan, lambda _: loss, seed=seed, steps=steps, first_step=first)

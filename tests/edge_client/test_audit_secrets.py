@@ -130,7 +130,7 @@ def test_the_rank_of_every_secret_is_exact(leaky: tuple[Subject, Finding]) -> No
     for place, secret in enumerate(draw(subject).secrets):
         scores = Question(subject, secret).scores()
         rank = 1 + (scores > scores[secret.code]).sum()
-        bits = finding.data["exposure"][looks.index(2)][place]  # type: ignore[index,call-overload]
+        bits = finding.data["exposure"][looks.index(2)][place]  # type: ignore[index]
         assert bits == pytest.approx(math.log2(1000 / rank)) and len(set(scores)) > 990
 
 
@@ -154,7 +154,7 @@ def test_secrets_are_drawn_by_lot_and_the_same_each_time(leaky: tuple[Subject, F
 
 def test_they_are_repeated_as_often_as_the_data_can_bear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for records, share in ((12, 0.04), (600, 0.1), (600, 0.4)):
+    for records, share in ((12, 0.04), (600, 0.4), (600, 1.6)):
         monkeypatch.setattr(planted_secrets, "SHARE", share)
         subject = audits.subject(tmp_path / str(share), clients=2, records_each=records, data={"max_length": 48})
         drawn = draw(subject)
