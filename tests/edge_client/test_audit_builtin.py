@@ -34,14 +34,12 @@ class Silent:
 
 
 def quickstart(folder: Path) -> Subject:
-    """Two of its clients, in eight rounds in which both take part."""
-    text = QUICKSTART.read_text(encoding="utf-8").replace("rounds = 18", "rounds = 8")
-    (folder / "plan.toml").write_text(text, encoding="utf-8")
-    plan = plans.load(folder / "plan.toml")
-    model = backbone.resolve(plan.model.backbone, folder)
+    """As it is, with the eight clients of the demonstration."""
+    plan = plans.load(QUICKSTART)
+    model = backbone.resolve(plan.model.backbone, QUICKSTART.parent)
     bench = Bench(plan, model)
     initial = bench.adapter()
-    own = {source.name: source for source in sources(8, None)[:2]}
+    own = {source.name: source for source in sources(8, None)}
 
     def prepare(name: str, planted: Sequence[records.Record] = ()) -> ClientData:
         texts = [records.Text(text) for text in own[name].texts]
@@ -71,5 +69,5 @@ def test_an_unprotected_run_gives_planted_records_and_secrets_away(tmp_path: Pat
     assert canaries.verdict == exposure.verdict == "leak"
     area = figures["AUC, both kinds"]
     assert area.interval is not None and area.interval.low is not None and area.interval.low > 0.5
-    often, never = figures["exposure, planted 16 times"], figures["exposure, never planted"]
-    assert often.value is not None and never.value is not None and often.value > 5 > never.value
+    often, never = figures["exposure, planted 64 times"], figures["exposure, never planted"]
+    assert often.value is not None and never.value is not None and often.value > 8 > 4 > never.value

@@ -81,7 +81,9 @@ def gradient(made: Tuned, texts: Sequence[Sequence[int]]) -> State:
     logits = made.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
     trained = made.trainable()
-    update = {name: -(one.grad if one.grad is not None else torch.zeros_like(one)).numpy() for name, one in trained.items()}
+    update = {
+        name: -(one.grad if one.grad is not None else torch.zeros_like(one)).numpy() for name, one in trained.items()
+    }
     made.model.zero_grad()
     return update
 
@@ -141,7 +143,9 @@ def test_a_sum_hides_more_the_more_there_are_in_it() -> None:
     inversion = Inversion(made, LENGTH)
 
     def named(count: int) -> float:
-        return share(inversion.read(mean(updates[:count]))["read"], sorted({t for one in texts[:count] for t in one[:-1]}))
+        return share(
+            inversion.read(mean(updates[:count]))["read"], sorted({t for one in texts[:count] for t in one[:-1]})
+        )
 
     assert named(1) == 1
     assert named(6) < 0.8
