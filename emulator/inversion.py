@@ -22,7 +22,7 @@ at the head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
@@ -51,6 +51,10 @@ AGREEMENT: Final = 0.3
 
 PROBED: Final = 64
 """Tokens in each sequence that the model is watched with."""
+
+
+class Enough(Exception):
+    """Ends a forward pass that has shown what was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +197,16 @@ class Inversion:
                     flat = args[0].detach().reshape(-1, args[0].shape[-1])
                     if len(flat) == ids.numel() and flat.shape[-1] == owner.inputs:
                         seen[owner.name] = flat.double().cpu()
+                        if len(seen) == len(owners):
+                            raise Enough
 
             return hook
 
         with ExitStack() as hooks:
             for owner in owners:
                 hooks.callback(owner.module.register_forward_pre_hook(watch(owner)).remove)
-            run(self._model, _batch(ids))
+            with suppress(Enough):
+                run(self._model, _batch(ids))
         return seen
 
     def _predicting(self, owners: Sequence[Owner]) -> Iterator[Table]:

@@ -17,13 +17,13 @@ from torch import nn
 from farfield.protocols.tensors import State
 
 from .architecture import describe
-from .inversion import Owner, owners, spanned, still
+from .inversion import Enough, Owner, owners, spanned, still
 from .methods import Tuned
 from .streams import run
 
 HELD: Final = 0.9993
-"""The share of an input's square that a span must hold for the beginning to be taken for a true one. Rounding to bfloat16
-costs some 1e-5 of it; a wrong token that was in the text elsewhere lacks 1e-3 and more."""
+"""The share of an input's square that a span must hold for the beginning to be taken for a true one. Rounding to
+bfloat16 costs some 1e-5 of it; a wrong token that was in the text elsewhere lacks 1e-3 and more."""
 
 NEW: Final = 1e-3
 """The share of an input's square that no earlier input of the text may explain: a token that is said again and again
@@ -31,10 +31,6 @@ has the same input each time, which would be held for ever."""
 
 BEAM: Final = 8
 """Beginnings that are gone on with."""
-
-
-class _Enough(Exception):
-    """Ends a forward pass that has shown what was wanted."""
 
 
 @torch.no_grad()
@@ -99,12 +95,12 @@ def _held(tuned: Tuned, owner: Owner, texts: Sequence[Sequence[int]], basis: tor
 
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         found.append(args[0].detach().reshape(len(texts), -1, args[0].shape[-1]).double().cpu())
-        raise _Enough
+        raise Enough
 
     ids = torch.tensor(texts)
     handle = owner.module.register_forward_pre_hook(hook)
     try:
-        with suppress(_Enough):
+        with suppress(Enough):
             run(tuned.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     finally:
         handle.remove()

@@ -65,13 +65,15 @@ def _single(subject: Subject, text: Public) -> dict[str, Any]:
         found[name] = {"distinct": _each(subject, DISTINCT, lambda count: swept(reader, count))}  # noqa: B023
     # `reader` is the one that begins with the later adapter, where more shows.
     found["order"] = in_order(reader, SHORT)
-    clues = reader.inversion.tables
-    if clues and subject.federation is not None:
+    found["small"] = swept(reader, PROBE, update=reader.planned)
+    told = {clue for row in found["later"]["distinct"].get(str(PROBE), ()) for clue in row["clues"]}
+    if told and subject.federation is not None:
         sizes = [size for size in COHORTS if size <= len(subject.clients)]
         found["cohorts"] = _each(subject, sizes, lambda size: swept(reader, PROBE, size))
-    if clues and hasattr(subject.plan.tuning, "rank"):
+    if told and hasattr(subject.plan.tuning, "rank"):
         found["ranks"] = _each(subject, RANKS, lambda rank: _ranked(subject, text, rank))
-    found["clues"] = sorted({table.sites[0].clue for table in clues})
+    every = [row for start in ("first", "later") for rows in found[start]["distinct"].values() for row in rows]
+    found["clues"] = sorted({clue for row in every for clue in row["clues"]})
     return found
 
 

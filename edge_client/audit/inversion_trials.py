@@ -36,7 +36,7 @@ OWN: Final = 3
 NULLS: Final = 19
 """Updates in random order and with random signs: with one real one among them, being the best has probability 1/20."""
 
-TRIES: Final = 60
+TRIES: Final = 40
 """Texts of which the gradient is compared, where an update does not show its tokens by itself."""
 
 
@@ -77,6 +77,10 @@ class Reader:
         plan = self.subject.variant(**one_step(self.subject.plan))
         return dict(self.subject.update(text.examples, self.start, plan=plan).update)
 
+    def planned(self, text: Text) -> State:
+        """What a client that has nothing else would send, trained and protected as the Plan says."""
+        return dict(self.subject.update(text.examples, self.start, client="public").update)
+
     def clues(self, update: State) -> Values:
         """float64[vocabulary, 3]: of tokens read, of tokens predicted, and how common they are in public text."""
         nothing = np.zeros(self.inversion.vocabulary)
@@ -98,6 +102,7 @@ class Reader:
         return {
             "distinct": len(tokens),
             "span": self.inversion.span(update),
+            "clues": sorted(self.inversion.read(update)),
             "precision": precision(chances, present),
             "chance": precision(self.public.frequency, present),
             "precision_at_half": sure,
@@ -110,8 +115,17 @@ class Reader:
         return begun(self.public.windows, distinct, seed)
 
 
-def swept(reader: Reader, distinct: int, clients: int = 1, victims: int = VICTIMS) -> list[Row]:
+def swept(
+    reader: Reader,
+    distinct: int,
+    clients: int = 1,
+    victims: int = VICTIMS,
+    update: Callable[[Text], State] | None = None,
+) -> list[Row]:
     """One bare gradient of texts with so many distinct tokens; or the mean of as many as there are `clients`.
+
+    Args:
+        update: what is attacked in the place of a bare gradient.
 
     Empty where no client, or public text, has so many.
     """
@@ -126,13 +140,10 @@ def swept(reader: Reader, distinct: int, clients: int = 1, victims: int = VICTIM
     groups = [[text for text in group if text is not None] for group in (*known, *chosen)]
     if any(len(group) < clients for group in groups):
         return []
-    made = [(_mean(reader, group), _joined(group)) for group in groups]
+    make = update or reader.gradient
+    made = [(mean([make(text) for text in group]), _joined(group)) for group in groups]
     learnt = reader.learnt(*zip(*made[:KNOWN], strict=True))
     return [reader.judged(learnt, update, text.tokens) for update, text in made[KNOWN:]]
-
-
-def _mean(reader: Reader, texts: Sequence[Text]) -> State:
-    return mean([reader.gradient(one) for one in texts])
 
 
 def _joined(texts: Sequence[Text]) -> Text:
@@ -257,26 +268,25 @@ def as_planned(subject: Subject, public: Public, found: Sequence[Seen]) -> list[
     """
     rows: list[Row] = []
     for start in sorted({one.start for one in found}):
-        adapter = subject.course.adapter(start)
-        here = [one for one in found if one.start == start]
-        reader = Reader.at(subject, public, adapter)
-        presence = _learnt_as_planned(reader, start, here[0].members)
-        for number, one in enumerate(here):
+        here = [(one, update) for one in found if one.start == start and (update := one.update()) is not None]
+        if not here:
+            continue
+        reader = Reader.at(subject, public, subject.course.adapter(start))
+        # Where nothing tells, guesses go by how common tokens are, and neither training nor scrambling changes them.
+        telling = any(reader.inversion.read(update) for _, update in here)
+        presence = _learnt_as_planned(reader, start, here[0][0].members, None if telling else here[0][1])
+        for number, (one, update) in enumerate(here):
             subject.say("attacking updates as the Plan lets them out", number, len(here))
-            update = one.update()
-            if update is None:
-                continue
             row = reader.judged(presence, update, one.tokens)
             present = Text((), one.tokens).present(reader.inversion.vocabulary)
-            nulls = [
-                precision(presence.chances(reader.clues(_scrambled(update, derive(subject.seed, "null", k)))), present)
-                for k in range(NULLS)
-            ]
+            seeds = [derive(subject.seed, "inversion", "null", one.start, number, null) for null in range(NULLS)]
+            nulls = [precision(presence.chances(reader.clues(_scrambled(update, seed))), present) for seed in seeds]
             rows.append({**row, "round": start + 1, "members": one.members, "nulls": nulls})
     return rows
 
 
-def _learnt_as_planned(reader: Reader, start: int, members: int) -> Presence:
+def _learnt_as_planned(reader: Reader, start: int, members: int, update: State | None) -> Presence:
+    """From public texts, trained on as the Plan says; or with this `update` in the place of all of theirs."""
     subject, count = reader.subject, min(members, 2)
     sizes = [len(subject.clients[name]().train) for name in sorted(subject.clients)]
     size = sorted(sizes)[len(sizes) // 2]
@@ -286,17 +296,16 @@ def _learnt_as_planned(reader: Reader, start: int, members: int) -> Presence:
         for one in range(count):
             seed = derive(subject.seed, "inversion", "planned", start, number, one)
             part = Text.of(list(some(reader.public.windows, size, seed)))
+            parts.append(part)
+            if update is not None:
+                made.append(update)
+                continue
             subject.say("training on public text as the Plan does", number * count + one, KNOWN * count)
             name = f"inversion/public-{start}-{number}-{one}"
-            made.append(subject.notes.state(name, lambda part=part: dict(_planned(reader, part))))  # type: ignore[misc]
-            parts.append(part)
+            made.append(subject.notes.state(name, lambda part=part: reader.planned(part)))  # type: ignore[misc]
         updates.append(mean(made))
         texts.append(_joined(parts))
     return reader.learnt(updates, texts)
-
-
-def _planned(reader: Reader, text: Text) -> State:
-    return dict(reader.subject.update(text.examples, reader.start, client="public").update)
 
 
 def _scrambled(update: State, seed: int) -> State:
@@ -304,6 +313,8 @@ def _scrambled(update: State, seed: int) -> State:
     drawn = np.random.default_rng(seed)
     mixed = {}
     for name in sorted(update):
-        values = drawn.permutation(update[name].reshape(-1)) * drawn.choice(np.float32([-1, 1]), update[name].size)
+        values = drawn.permutation(update[name].reshape(-1)) * drawn.choice(
+            np.array([-1, 1], np.float32), update[name].size
+        )
         mixed[name] = values.reshape(update[name].shape).astype(np.float32)
     return mixed

@@ -88,6 +88,11 @@ def _found(
                 said.append(
                     f"From one bare gradient {when}, {got:.0%} of 64 distinct tokens are named (chance {chance:.0%})."
                 )
+    if rows := single["small"]:
+        said.append(
+            f"A client that had such a text and nothing else, and trained on it as the Plan says, would give away "
+            f"{_mean(rows, 'precision'):.0%} of them (chance {_mean(rows, 'chance'):.0%})."
+        )
     if rows := single["order"]:
         said.append(
             f"Of texts of {rows[0]['length']} tokens, {_mean(rows, 'rouge_1'):.0%} of the tokens and "
@@ -98,15 +103,15 @@ def _found(
     got, chance = _mean(planned, "precision"), _mean(planned, "chance")
     nothing = float(np.mean([row["nulls"] for row in planned]))
     said.append(
-        f"From the updates as the Plan lets them out, {got:.1%} of {_mean(planned, 'distinct'):,.0f} distinct tokens are "
-        f"named. Chance is {chance:.1%}, and updates that hold nothing give {nothing:.1%}; "
+        f"From the updates as the Plan lets them out, {got:.1%} of {_mean(planned, 'distinct'):,.0f} distinct tokens "
+        f"are named. Chance is {chance:.1%}, and updates that hold nothing give {nothing:.1%}; "
         f"p = {luck:.2g} in a randomisation test."
     )
     said.append(
         "So updates tell more of what was in the text than anybody knows without them."
         if leak
-        else "That is not beyond chance at 95 %. With so many distinct tokens naming the commonest is right most of the "
-        f"time, so the most that could have shown is {1 - chance:.0%} more."
+        else "That is not beyond chance at 95 %. Naming the commonest tokens is right so often already that the most "
+        f"that could have shown is {1 - chance:.0%} more."
     )
     return tuple(said)
 
@@ -149,18 +154,23 @@ def _figures(single: Mapping[str, Any], planned: Sequence[Mapping[str, Any]], lu
                 name="found without naming more wrong ones than right", value=_mean(planned, "recall_at_half"), unit="%"
             )
         )
-    for start, when in (("first", "the first round"), ("later", "a later round")):
-        if rows := single[start]["distinct"].get("64"):
+    bare = "without the Plan's protection and optimiser"
+    for name, rows, note in (
+        ("64 distinct tokens from one bare gradient, the first round", single["first"]["distinct"].get("64"), bare),
+        ("64 distinct tokens from one bare gradient, a later round", single["later"]["distinct"].get("64"), bare),
+        ("64 distinct tokens, all that a client has, by the Plan's own training", single["small"], ""),
+    ):
+        if rows:
             values = [row["precision"] for row in rows]
             figures.append(
                 Figure(
-                    name=f"64 distinct tokens from one bare gradient, {when}",
+                    name=name,
                     value=float(np.mean(values)),
                     unit="%",
                     interval=interval(values),
                     chance=_mean(rows, "chance"),
                     ceiling=1.0,
-                    note="without the Plan's protection and optimiser",
+                    note=note,
                 )
             )
     for name, title in (("rouge_1", "ROUGE-1"), ("rouge_2", "ROUGE-2"), ("rouge_l", "ROUGE-L")):

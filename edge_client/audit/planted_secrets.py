@@ -137,7 +137,7 @@ class Question:
                 for row, context in enumerate(contexts):
                     codes = self._contexts[context]
                     last = odds[row, -1, [self._last[code] for code in codes]]
-                    found[codes] = last.double().cpu().numpy()
+                    found[codes] = (path[row] + last).double().cpu().numpy()
         return np.nan_to_num(found, nan=_WORST, neginf=_WORST)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import audits
 import numpy as np
@@ -18,8 +19,8 @@ from farfield.edge_client.data import TokenExample
 from farfield.protocols.audit.finding import Finding
 
 
-def made(folder: Path, **sections: dict[str, object]) -> tuple[Subject, Finding]:
-    subject = audits.subject(folder, **sections)
+def made(folder: Path, **sections: dict[str, Any]) -> tuple[Subject, Finding]:
+    subject = audits.subject(folder, 4, 12, 1, **sections)
     return subject, registered()["inversion"].run(subject)
 
 

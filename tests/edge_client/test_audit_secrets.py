@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +35,11 @@ LEARNS: dict[str, Any] = {
 """Enough training of little data that what is repeated is known by heart."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def same_noise_twice() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def same_noise_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise and batches that come out the same each time: at 95 %, one test in twenty would fail with others."""
     keys = (number.to_bytes(32) for number in itertools.count())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(randomness, "secrets", SimpleNamespace(token_bytes=lambda size: next(keys)))
-        yield
+    monkeypatch.setattr(randomness, "secrets", SimpleNamespace(token_bytes=lambda size: next(keys)))
 
 
 class Silent:

@@ -59,7 +59,7 @@ MODELS = {
 }
 
 
-def tuned(model: Any, kind: str, *, moved: bool = True, **settings: Any) -> Tuned:
+def tuned(model: Any, kind: str, settings: dict[str, Any], *, moved: bool = True) -> Tuned:
     """The method installed; with `moved`, no longer at its initial values, as after some rounds."""
     method = registered()[kind].model_validate({"kind": kind, **settings})
     assert isinstance(method, TuningMethod)
@@ -103,7 +103,7 @@ def share(scores: torch.Tensor, truth: Sequence[int]) -> float:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_span_names_every_token_that_something_is_predicted_from(family: str, kind: str) -> None:
     torch.manual_seed(0)
-    made = tuned(MODELS[family](), kind, **({"rank": 8} if kind == "lora" else {}))
+    made = tuned(MODELS[family](), kind, {"rank": 8} if kind == "lora" else {})
     truth = text(8)
     update = gradient(made, [truth])
     inversion = Inversion(made, LENGTH)
@@ -114,7 +114,7 @@ def test_the_span_names_every_token_that_something_is_predicted_from(family: str
 
 def test_more_tokens_than_the_span_are_ranked_and_those_of_another_text_are_not() -> None:
     torch.manual_seed(0)
-    made = tuned(llama(), "lora", rank=4)
+    made = tuned(llama(), "lora", {"rank": 4})
     truth = text(18)
     update = gradient(made, [truth])
     inversion = Inversion(made, LENGTH)
@@ -127,7 +127,7 @@ def test_more_tokens_than_the_span_are_ranked_and_those_of_another_text_are_not(
 def test_in_the_first_round_tokens_show_where_gradients_come_from() -> None:
     """B is zero, so that A gets no gradient; what is left are the columns of B's."""
     torch.manual_seed(0)
-    made = tuned(llama(tied=True), "lora", rank=8, moved=False)
+    made = tuned(llama(tied=True), "lora", {"rank": 8}, moved=False)
     truth = text(8)
     update = gradient(made, [truth])
     assert not any(change.any() for name, change in update.items() if "lora_A" in name)
@@ -137,7 +137,7 @@ def test_in_the_first_round_tokens_show_where_gradients_come_from() -> None:
 
 def test_a_sum_hides_more_the_more_there_are_in_it() -> None:
     torch.manual_seed(0)
-    made = tuned(llama(), "lora", rank=4)
+    made = tuned(llama(), "lora", {"rank": 4})
     texts = [text(8, seed) for seed in range(6)]
     updates = [gradient(made, [one]) for one in texts]
     inversion = Inversion(made, LENGTH)
@@ -153,10 +153,10 @@ def test_a_sum_hides_more_the_more_there_are_in_it() -> None:
 
 def test_noise_that_drowns_an_update_leaves_chance() -> None:
     torch.manual_seed(0)
-    made = tuned(llama(), "lora", rank=8)
+    made = tuned(llama(), "lora", {"rank": 8})
     truth, inversion = text(16), Inversion(made, LENGTH)
     update = gradient(made, [truth])
-    noisy = {name: change + 1e4 * torch.randn(change.shape).numpy() for name, change in update.items()}
+    noisy = {name: change + (1e4 * torch.randn(change.shape)).numpy() for name, change in update.items()}
     found = [share(scores, truth) for scores in inversion.read(noisy).values()]
     assert found
     assert max(found) < 0.3
@@ -165,7 +165,7 @@ def test_noise_that_drowns_an_update_leaves_chance() -> None:
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_the_second_block_gives_the_order(family: str) -> None:
     torch.manual_seed(0)
-    made = tuned(MODELS[family](), "lora", rank=8)
+    made = tuned(MODELS[family](), "lora", {"rank": 8})
     truth = text(7)
     update = gradient(made, [truth])
     assert sequence(made, update, sorted(truth), 12) == truth[:-1]
@@ -175,7 +175,7 @@ def test_the_second_block_gives_the_order(family: str) -> None:
 def test_nothing_is_read_where_nothing_tells_tokens() -> None:
     torch.manual_seed(0)
     for kind in ("prompt-tuning", "ia3"):
-        made = tuned(llama(), kind)
+        made = tuned(llama(), kind, {})
         update = gradient(made, [text(8)])
         inversion = Inversion(made, LENGTH)
         assert inversion.read(update) == {}
@@ -185,7 +185,7 @@ def test_nothing_is_read_where_nothing_tells_tokens() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     torch.manual_seed(0)
-    made = tuned(llama(), "lora", rank=4, freeze_a=True)
+    made = tuned(llama(), "lora", {"rank": 4, "freeze_a": True})
     before = {name: one.detach().clone() for name, one in made.trainable().items()}
     Inversion(made, LENGTH)
     after = made.trainable()
@@ -197,7 +197,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_matching_finds_tokens_by_their_gradient() -> None:
     """With a pool of few tokens, a prompt's gradient gives most of a short text."""
     torch.manual_seed(0)
-    made = tuned(llama(layers=1), "prompt-tuning", tokens=4)
+    made = tuned(llama(layers=1), "prompt-tuning", {"tokens": 4})
     truth, pool = text(4), text(12)
     update = gradient(made, [truth])
     start = pool[-4:]
