@@ -141,7 +141,7 @@ class _Cost:
         work = whole.step
         seconds = work.flops / device.flops + work.moved / device.moved + way.frugal * work.made / device.fresh
         memory = device.program + tensors
-        return Fit(way, memory, seconds, most is None or memory <= (1 - MARGIN) * most)
+        return Fit(way, memory, seconds, most is None or within(memory, most))
 
     def _at(self, size: int) -> Traced:
         if size not in self._traced:
@@ -152,7 +152,7 @@ class _Cost:
         return self._traced[size]
 
     def _training(self, size: int) -> int:
-        """On the straight line between the smallest and the largest: what is needed bends upwards, never above it."""
+        """On the straight line between the smallest and the largest, which what is needed follows within a percent."""
         largest = self._way.batch_size
         if size == largest:
             return self._at(size).training
@@ -162,6 +162,11 @@ class _Cost:
         traced, largest = self._at(self._way.batch_size), self._way.evaluation
         share = 1.0 if size == largest else (size - 1) / (largest - 1)
         return _between(traced.evaluating_one, traced.evaluating, share)
+
+
+def within(memory: int, most: int) -> bool:
+    """Whether so much fits under a limit of `most` bytes, its margin left free."""
+    return memory <= (1 - MARGIN) * most
 
 
 def in_heap(count: int) -> int:
@@ -177,10 +182,9 @@ def _between(low: int, high: int, share: float) -> int:
 
 
 def _checkpointing(plan: Plan) -> tuple[bool, ...]:
-    """As the Plan has it, then with it; what makes no way back has nothing to check."""
-    return (
-        (False, True) if plan.tuning.by_gradient and not plan.training.checkpointing else (plan.training.checkpointing,)
-    )
+    """As the Plan has it, then with it; what makes no way back, or cannot do without a block's results, has none."""
+    as_it_is, tuning = plan.training.checkpointing, plan.tuning
+    return (False, True) if tuning.by_gradient and tuning.checkpoints and not as_it_is else (as_it_is,)
 
 
 def _divisors(size: int) -> list[int]:

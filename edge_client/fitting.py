@@ -57,7 +57,11 @@ def choose(
         DeviceError: none fits; says what the least would be.
         BackboneError, TuningError, EmulatorError: the Plan does not fit the backbone.
     """
-    table = look_ahead(plan, folder, most, allowed, thorough=thorough)
+    return first(plan, look_ahead(plan, folder, most, allowed, thorough=thorough), most)
+
+
+def first(plan: Plan, table: tuple[Fit, ...], most: int | None) -> Choice:
+    """The first of `table` that fits. Raises DeviceError where none does, which says what the least would be."""
     chosen = next((one for one in table if one.fits), None)
     if chosen is None:
         raise nothing_fits(plan, table, most)

@@ -6,6 +6,7 @@
         cache/               bundles by digest
         ledger.jsonl         what runs have spent of the data's privacy; it stays when the node leaves
         local/               by run, what of its adapter never leaves this machine   (folder 0700, files 0600)
+        foretold.json        what Plans were found to take of this machine's memory
         state.json           what the resident process last did
         resident.lock        held by the one process that works here
 
@@ -36,6 +37,7 @@ _PARTIAL: Final = "keys.partial"
 _CACHE: Final = "cache"
 _LEDGER: Final = "ledger.jsonl"
 _LOCAL: Final = "local"
+_FORETOLD: Final = "foretold.json"
 _STATE: Final = "state.json"
 
 _PROBE_BYTES: Final = 65536
@@ -117,6 +119,11 @@ class Home:
         """The folder of what the node keeps of adapters for itself; it need not exist."""
         return self.path / _LOCAL
 
+    @property
+    def foretold(self) -> Path:
+        """The file of what Plans were found to take of this machine's memory; it need not exist."""
+        return self.path / _FORETOLD
+
     def keys(self) -> Keys:
         """The keys. Raises HomeError when one is missing or may be read by others."""
         _check_permissions(self.path)
@@ -192,7 +199,7 @@ def vacant(path: Path) -> Iterator[Settings | None]:
 
 
 def forget(path: Path) -> None:
-    """Remove keys, cache, parts of adapters and state, within `held`; the settings, with the owner's consent, stay.
+    """Remove keys, cache, parts of adapters, forecasts and state, within `held`; the settings, with the owner's consent, stay.
 
     Raises:
         HomeError: the disk refuses.
@@ -205,6 +212,7 @@ def forget(path: Path) -> None:
         remove(path / _PARTIAL)
         remove(path / _CACHE)
         remove(path / _LOCAL)
+        (path / _FORETOLD).unlink(missing_ok=True)
         (path / _STATE).unlink(missing_ok=True)
 
 

@@ -39,6 +39,7 @@ from farfield.protocols.turns import takes_part
 
 from . import device, fitting, limit
 from .consent import Consent, Request, check
+from .foretold import Foretold, question
 from .secure import Ground, Sessions
 from .spending import Spending
 from .terms import terms
@@ -46,7 +47,7 @@ from .terms import terms
 if TYPE_CHECKING:
     from farfield.emulator.bench import Bench
 
-    from .choice import Way
+    from .choice import Fit, Way
     from .data import ClientData
     from .local_state import LocalState
     from .secure import Work
@@ -71,6 +72,7 @@ class Participant:
         clock: Callable[[], float] = time.time,
         keep: Path | None = None,
         ledger: Path | None = None,
+        foretold: Path | None = None,
     ) -> None:
         """
         Args:
@@ -81,10 +83,12 @@ class Participant:
             clock: seconds since 1970, by the coordinator's clock.
             keep: the folder for parts of adapters that never leave this machine.
             ledger: the file where it is written down what runs spend of the data's privacy.
+            foretold: the file where it is kept what was found to fit into memory.
         """
         self._node, self._identity, self._trusted, self._consent = node, identity, trusted, consent
         self._source, self._fetch, self._report, self._clock = source, fetch, report, clock
         self._keep, self._spending = keep, None if ledger is None else Spending(ledger, consent)
+        self._foretold = None if foretold is None else Foretold(foretold)
         self._sessions = Sessions(node, identity.signing)
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._charter: Charter | None = None
@@ -118,8 +122,13 @@ class Participant:
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
             self._report(task.run, task.round, _activity(task))
-            with limit.held(self._most):
-                return self._perform(bench, opened)
+            try:
+                with limit.held(self._most):
+                    return self._perform(bench, opened)
+            except DeviceError:
+                if self._foretold is not None:
+                    self._foretold.forget()  # else the next start would believe it again
+                raise
         except ConsentError as error:
             self._report(task.run, task.round, f"refused: {error}")
             return Refused(str(error))
@@ -156,7 +165,7 @@ class Participant:
         if is_emulator(folder) != (plan.delivery.kind == "emulator"):
             found = "an emulator" if is_emulator(folder) else "a whole backbone"
             raise TrustError(f"the Plan's delivery.kind is {plan.delivery.kind!r}, and what was sent is {found}")
-        way = self._way(plan, charter.run, number, folder)
+        way = self._way(plan, charter, number, folder)
         self._report(charter.run, number, "loading the backbone")
         with limit.held(self._most):
             bench = Bench(plan, folder, local=None if way is None else way.plan(plan))
@@ -170,7 +179,7 @@ class Participant:
         self._bench, self._charter = bench, charter
         return bench
 
-    def _way(self, plan: Plan, run: str, number: int, folder: Path) -> Way | None:
+    def _way(self, plan: Plan, charter: Charter, number: int, folder: Path) -> Way | None:
         """How the Plan is worked by here; None is as it is, where there is room for whatever that comes to.
 
         Raises:
@@ -182,9 +191,9 @@ class Participant:
         way = None
         # With noise for each example a step is another one, which is not looked ahead at; the limit holds for it too.
         if self._most is not None and plan.privacy.kind != "example" and self._most < fitting.ample(plan, folder):
-            self._report(run, number, "looking for what fits into memory")
+            table = self._looked_at(plan, charter, number, folder, self._most)
             try:
-                choice = fitting.choose(plan, folder, self._most, self._consent.methods)
+                choice = fitting.first(plan, table, self._most)
             except DeviceError as error:
                 if self._most != allowed:
                     raise
@@ -192,12 +201,25 @@ class Participant:
                     error.what, where=f"consent.max_memory_bytes = {allowed:,}", hint=error.hint
                 ) from None
             way = choice.chosen.way
-            self._report(run, number, f"fits into memory: {fitting.named(choice.chosen, plan)}")
+            self._report(charter.run, number, f"fits into memory: {fitting.named(choice.chosen, plan)}")
         frugal = way is not None and way.frugal
         if frugal != self._frugal:
             self._frugal = frugal
             device.save_memory(frugal)
         return way
+
+    def _looked_at(self, plan: Plan, charter: Charter, number: int, folder: Path, most: int) -> tuple[Fit, ...]:
+        """The ways to work by the Plan, as far as one fits: those that are known from before, or looked at now."""
+        allowed = self._consent.methods
+        asked = question(plan, charter.backbone, allowed)
+        known = None if self._foretold is None else self._foretold.recall(asked, most)
+        if known is not None:
+            return known
+        self._report(charter.run, number, "looking for what fits into memory")
+        table = fitting.look_ahead(plan, folder, most, allowed)
+        if self._foretold is not None:
+            self._foretold.keep(asked, table)
+        return table
 
     def _perform(self, bench: Bench, opened: Opened) -> Outcome:
         from .worker import Worker

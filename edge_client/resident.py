@@ -104,6 +104,7 @@ class Resident:
             clock=lambda: time.time() + self._attendance.ahead,
             keep=home.local,
             ledger=home.ledger,
+            foretold=home.foretold,
         )
         now = datetime.now(UTC)
         instance = secrets.token_hex(8)

@@ -156,6 +156,11 @@ class Plan(Settings):
                 f"tuning.kind = {self.tuning.kind!r} has a step of its own, which training.optimizer = "
                 f"{training.optimizer!r} cannot make; use {' or '.join(map(repr, possible))}"
             )
+        if training.checkpointing and not self.tuning.checkpoints:
+            raise ValueError(
+                f"tuning.kind = {self.tuning.kind!r} keeps what each block made for those after it, so none can be "
+                "computed once more: leave training.checkpointing out"
+            )
         if self.tuning.by_gradient:
             return self
         if training.optimizer != "sgd" or training.momentum or training.weight_decay or training.proximal_mu:

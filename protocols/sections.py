@@ -102,6 +102,11 @@ class TuningSettings(Settings):
         return True
 
     @property
+    def checkpoints(self) -> bool:
+        """Whether blocks can be computed once more on the way back (`training.checkpointing`)."""
+        return True
+
+    @property
     def corrects_rounding(self) -> bool:
         """Whether it begins with what quantising the backbone has taken away, instead of with nothing."""
         return False

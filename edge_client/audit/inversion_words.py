@@ -100,6 +100,12 @@ def _found(
         )
     if not planned:
         return (*said, "No round let an update out that could be attacked.")
+    if not any(row["clues"] for row in planned):
+        return (
+            *said,
+            "In the updates as the Plan lets them out nothing that this attack looks at tells tokens, so it was blind "
+            "to them: it names the commonest, which is chance. That is not evidence against other attacks.",
+        )
     got, chance = _mean(planned, "precision"), _mean(planned, "chance")
     nothing = float(np.mean([row["nulls"] for row in planned]))
     said.append(

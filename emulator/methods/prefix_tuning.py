@@ -41,6 +41,10 @@ class PrefixTuning(PeftMethod):
         return False
 
     @property
+    def checkpoints(self) -> bool:
+        return False
+
+    @property
     def by_example(self) -> bool:
         return True
 

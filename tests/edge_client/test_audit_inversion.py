@@ -142,6 +142,8 @@ def test_a_method_without_a_side_that_tells_is_matched(tmp_path: Path) -> None:
     subject, found = made(tmp_path, tuning={"kind": "prompt-tuning", "rank": None, "tokens": 4})
     assert subject.notes.values("inversion/single", dict)["clues"] == []
     assert any("no side that tells" in sentence for sentence in found.tried)
+    assert found.verdict == "no leak found"
+    assert any("blind" in sentence for sentence in found.found)
 
 
 def test_classifiers_are_left_out(tmp_path: Path) -> None:
