@@ -165,6 +165,7 @@ def outcome(update: State, node: str) -> Trained:
 def opened(adapter: State, rule: str = "flexlora", extra: str = "") -> TrainingRound:
     chosen = plan(rule, extra=extra)
     made = aggregation.registered()[rule](chosen.aggregation)
+    assert isinstance(made, aggregation.SumRule | aggregation.ViewRule)
     return TrainingRound(chosen, "run", 1, adapter, list(RANKS), made, now=0.0)
 
 

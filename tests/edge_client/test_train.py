@@ -85,7 +85,7 @@ def run(
     one: Tuned, examples: Sequence[Example], training: Training, *, start: State | None = None, **keys: Any
 ) -> State:
     values = {"seed": 1, "steps": 1, "first_step": 0, "horizon": 1, **keys}
-    return train(one, start or start_of(one), examples, training, pad_id=PAD, **values).update
+    return dict(train(one, start or start_of(one), examples, training, pad_id=PAD, **values).update)
 
 
 def pairs(examples: Sequence[Example]) -> list[tuple[int, int]]:
