@@ -177,6 +177,7 @@ def _figures(single: Mapping[str, Any], planned: Sequence[Mapping[str, Any]], lu
                     chance=_mean(rows, "chance"),
                     ceiling=1.0,
                     note=note,
+                    headline=rows is single["small"],
                 )
             )
     for name, title in (("rouge_1", "ROUGE-1"), ("rouge_2", "ROUGE-2"), ("rouge_l", "ROUGE-L")):
