@@ -148,7 +148,7 @@ class _Cost:
             way = self._way
             accumulation = way.gradient_accumulation * way.batch_size // size
             cut = replace(way, batch_size=size, gradient_accumulation=accumulation)
-            self._traced[size] = trace(cut.plan(self._plan), self._folder)
+            self._traced[size] = trace(cut.plan(self._plan), self._folder, self._plan.tuning.adapter_rank)
         return self._traced[size]
 
     def _training(self, size: int) -> int:

@@ -19,7 +19,8 @@ import math
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -122,13 +123,8 @@ class Participant:
             self._consents(plan, opened, size)
             bench = self._at_bench(plan, charter, task.round)
             self._report(task.run, task.round, _activity(task))
-            try:
-                with limit.held(self._most):
-                    return self._perform(bench, opened)
-            except DeviceError:
-                if self._foretold is not None:
-                    self._foretold.forget()  # else the next start would believe it again
-                raise
+            with self._held():
+                return self._perform(bench, opened)
         except ConsentError as error:
             self._report(task.run, task.round, f"refused: {error}")
             return Refused(str(error))
@@ -167,7 +163,7 @@ class Participant:
             raise TrustError(f"the Plan's delivery.kind is {plan.delivery.kind!r}, and what was sent is {found}")
         way = self._way(plan, charter, number, folder)
         self._report(charter.run, number, "loading the backbone")
-        with limit.held(self._most):
+        with self._held():
             bench = Bench(plan, folder, local=None if way is None else way.plan(plan))
         self.loads += 1
         # What an alternative freezes is its own affair: what it trains is what the Plan names.
@@ -220,6 +216,17 @@ class Participant:
         if self._foretold is not None:
             self._foretold.keep(asked, table)
         return table
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep to the limit. What was foretold and comes to more all the same is not believed at the next start."""
+        try:
+            with limit.held(self._most):
+                yield
+        except DeviceError:
+            if self._foretold is not None:
+                self._foretold.forget()
+            raise
 
     def _perform(self, bench: Bench, opened: Opened) -> Outcome:
         from .worker import Worker

@@ -10,8 +10,9 @@ It takes a second or two and no memory to speak of, whatever the size of the mod
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from farfield.emulator import assemble, backbone, few_bits, layout, stored
 from farfield.emulator.architecture import checkpoint_blocks, describe
 from farfield.emulator.descent import GradientDescent
+from farfield.emulator.factors import shapes_at
 from farfield.emulator.head import plain_head
 from farfield.emulator.methods import Setting, Tuned, TuningMethod
 from farfield.emulator.split import split
@@ -121,8 +123,11 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moved += read + sum(one.nbytes for one in made)
 
 
-def trace(plan: Plan, folder: Path) -> Traced:
+def trace(plan: Plan, folder: Path, rank: int | None = None) -> Traced:
     """What a client comes to that works by `plan` on the backbone or emulator in `folder`; batches are full.
+
+    Args:
+        rank: of the adapter that a task brings, where a part of it is trained; None is that of `plan`.
 
     Raises:
         BackboneError, TuningError, EmulatorError: as `Bench` does.
@@ -130,16 +135,23 @@ def trace(plan: Plan, folder: Path) -> Traced:
     with _no_content() as tally:
         tuned = _installed(plan, folder)
         weights = tally.live
-        values = sum(one.numel() for one in tuned.trainable().values())
+        shapes = {name: tuple(one.shape) for name, one in tuned.trainable().items()}
+        values = _count(shapes)
+        whole = values if rank is None else _count(shapes_at(shapes, rank))
         # Outside of torch: what the task brings, and in the end what goes back.
-        brought = ITEM_BYTES[plan.delivery.dtype] * values
-        sent = ITEM_BYTES["float32"] * values if plan.protection.kind == "secagg" else brought
-        one, whole = (_evaluating(tuned, _batch(plan, size), tally) for size in (1, plan.evaluation.batch_size))
+        brought = ITEM_BYTES[plan.delivery.dtype] * whole
+        masked = plan.protection.kind == "secagg"  # where what is not trained is sent too
+        sent = ITEM_BYTES["float32"] * whole if masked else ITEM_BYTES[plan.delivery.dtype] * values
+        one, every = (_evaluating(tuned, _batch(plan, size), tally) for size in (1, plan.evaluation.batch_size))
         work = _training(tuned, plan, tally)
         training = max(tally.peak, tally.live + sent)
         if tuned.descent is None:
             training += brought  # which others give up once they have begun
-    return Traced(weights, values, training, whole + brought, one + brought, work)
+    return Traced(weights, values, training, every + brought, one + brought, work)
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _evaluating(tuned: Tuned, batch: dict[str, torch.Tensor], tally: Tally) -> int:

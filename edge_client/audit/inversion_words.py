@@ -26,19 +26,27 @@ def finding(
     spread = interval(lift)
     beyond = spread is None or spread.low is None or len(lift) < ENOUGH or spread.low > 0
     leak = bool(planned) and luck <= 0.05 and float(np.mean(lift)) > 0 and beyond
+    short = _short(subject, single["small"])
     return Finding(
         attack=attack.name,
         title=attack.title,
         attacker=str(attack.attacker),
-        verdict="leak" if leak else "no leak found",
+        verdict="leak" if leak or short else "no leak found",
         tried=_tried(subject, single, planned),
-        found=_found(single, planned, luck, leak=leak),
+        found=_found(single, planned, luck, leak=leak, short=short),
         limits=_LIMITS,
         figures=_figures(single, planned, luck),
         plots=tuple(plot for plot in (_by_distinct(single), _by("cohorts", single), _by("ranks", single)) if plot),
         tables=_tables(single),
         data={"single": dict(single), "planned": [dict(row) for row in planned]},
     )
+
+
+def _short(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a client with little text would be read, beyond chance at 95 %, by who sees updates one by one."""
+    spread = interval([row["precision"] - row["chance"] for row in rows])
+    alone = subject.plan.protection.kind != "secagg"
+    return alone and spread is not None and spread.low is not None and len(rows) >= ENOUGH and spread.low > 0
 
 
 def _luck(planned: Sequence[Mapping[str, Any]]) -> float:
@@ -78,7 +86,7 @@ def _tried(subject: Subject, single: Mapping[str, Any], planned: Sequence[Mappin
 
 
 def _found(
-    single: Mapping[str, Any], planned: Sequence[Mapping[str, Any]], luck: float, *, leak: bool
+    single: Mapping[str, Any], planned: Sequence[Mapping[str, Any]], luck: float, *, leak: bool, short: bool
 ) -> tuple[str, ...]:
     said = []
     for start, when in (("first", "in the first round"), ("later", "in a later one")):
@@ -91,7 +99,8 @@ def _found(
     if rows := single["small"]:
         said.append(
             f"A client that had such a text and nothing else, and trained on it as the Plan says, would give away "
-            f"{_mean(rows, 'precision'):.0%} of them (chance {_mean(rows, 'chance'):.0%})."
+            f"{_mean(rows, 'precision'):.0%} of them (chance {_mean(rows, 'chance'):.0%})"
+            + (", and this Plan shows its coordinator each client's update by itself." if short else ".")
         )
     if rows := single["order"]:
         said.append(
@@ -116,8 +125,8 @@ def _found(
     said.append(
         "So updates tell more of what was in the text than anybody knows without them."
         if leak
-        else "That is not beyond chance at 95 %. Naming the commonest tokens is right so often already that the most "
-        f"that could have shown is {1 - chance:.0%} more."
+        else "For clients with as much text as these, that is not beyond chance at 95 %. Naming the commonest tokens "
+        f"is right so often already that the most that could have shown is {1 - chance:.0%} more."
     )
     return tuple(said)
 

@@ -30,7 +30,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory, backbone: Path, command: Launcher) -> tuple[Place, Ended]:
     """A place with an audit that is done; not to be changed."""
-    place = Place.make(tmp_path_factory.mktemp("audited"), backbone)
+    place = Place.make(tmp_path_factory.mktemp("audited"), backbone, 4)
     return place, command.run(place, *AUDIT, "--json", "copy.json")
 
 
@@ -115,7 +115,7 @@ def test_an_audit_is_resumed_as_it_began_or_not_at_all(audited: tuple[Place, End
     refused(command.run(place, *AUDIT), "audits/plan", "exists already", "--resume")
     refused(command.run(place, *AUDIT, "--resume", "--seed", 5), "audits/plan", "another seed")
     refused(command.run(place, *AUDIT[:-1], "membership", "--resume"), "audits/plan", "another choice of attacks")
-    refused(command.run(place, *AUDIT, "--resume", "--clients", 2), "audits/plan")
+    refused(command.run(place, *AUDIT, "--resume", "--clients", 3), "audits/plan", "another number of clients")
     ended = command.run(place, *AUDIT, "--resume")
     assert (ended.status, ended.err) == (0, "") and findings(place) == before
 
@@ -125,7 +125,7 @@ def test_an_audit_that_is_stopped_goes_on_to_the_same_findings(
     place: Place, command: Launcher, how: signal.Signals
 ) -> None:
     """Stopped in the audited run, after its first round."""
-    asked = (*AUDIT[:-1], "exposure", "--seed", 3)
+    asked = (*AUDIT[:-1], "membership", "--seed", 3)
     place.plan(protection={"kind": "sealed"})
     ended = command.run(place, *asked, "--out", "whole")
     assert (ended.status, ended.err) == (0, "")

@@ -125,7 +125,7 @@ def test_what_ought_to_save_memory_saves_it() -> None:
     assert at["half"].step.flops == pytest.approx(at["whole"].step.flops, rel=0.01)
 
 
-def straight(plan: Plan, folder: Path) -> Traced:
+def straight(plan: Plan, folder: Path, rank: int | None) -> Traced:
     """As if each example took 10 MB, or 2 with checkpointing, and an evaluation 1 MB."""
     taken = 10**6 * (2 if plan.training.checkpointing else 10) * plan.training.batch_size
     return Traced(0, 1, taken, 10**6 * plan.evaluation.batch_size, 10**6, Work(1e9, 1e9, 1e9))
