@@ -199,7 +199,7 @@ def vacant(path: Path) -> Iterator[Settings | None]:
 
 
 def forget(path: Path) -> None:
-    """Remove keys, cache, parts of adapters, forecasts and state, within `held`; the settings, with the owner's consent, stay.
+    """Remove keys, cache, parts of adapters, what was foretold, and state, within `held`; the owner's settings stay.
 
     Raises:
         HomeError: the disk refuses.

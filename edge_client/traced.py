@@ -140,8 +140,10 @@ def trace(plan: Plan, folder: Path, rank: int | None = None) -> Traced:
         whole = values if rank is None else _count(shapes_at(shapes, rank))
         # Outside of torch: what the task brings, and in the end what goes back.
         brought = ITEM_BYTES[plan.delivery.dtype] * whole
-        masked = plan.protection.kind == "secagg"  # where what is not trained is sent too
-        sent = ITEM_BYTES["float32"] * whole if masked else ITEM_BYTES[plan.delivery.dtype] * values
+        sent = ITEM_BYTES[plan.delivery.dtype] * values
+        if plan.protection.kind == "secagg":
+            # A word for each value, of ranks that are not trained too, and beside it the update or the packed words.
+            sent = ITEM_BYTES["float32"] * whole
         one, every = (_evaluating(tuned, _batch(plan, size), tally) for size in (1, plan.evaluation.batch_size))
         work = _training(tuned, plan, tally)
         training = max(tally.peak, tally.live + sent)

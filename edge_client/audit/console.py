@@ -11,7 +11,7 @@ from rich.progress import TaskID
 
 from farfield.protocols.audit.finding import Figure, Finding, Untried
 from farfield.protocols.audit.verify import Check
-from farfield.protocols.terminal import bar, plain, titled
+from farfield.protocols.terminal import bar, plain
 
 from .attack import Attack, registered
 from .folder import Published
@@ -70,14 +70,13 @@ class AuditConsole:
 
 def print_audit(console: Console, made: Published) -> None:
     """The end of an audit: its most important numbers, and where its report is."""
-    console.print()
-    table = titled()
+    plain(console, "")
     for finding in made.report.findings:
         for figure in finding.figures:
             if figure.headline:
-                table.add_row(figure.name, _value(figure), _against(figure))
-    console.print(table, highlight=False, markup=False)
-    console.print()
+                against = _against(figure)
+                plain(console, f"{_value(figure):>12}  {figure.name}{f' ({against})' if against else ''}")
+    plain(console, "")
     plain(console, f"Signed report: {made.file}")
     plain(console, f"To read: {made.page}")
 

@@ -260,6 +260,7 @@ def test_state_reads_back_and_damage_is_no_state(home: Home) -> None:
 def test_a_node_that_left_leaves_its_settings_and_a_new_one_finds_them(home: Home) -> None:
     (home.cache / "ab").mkdir(parents=True)
     (home.local / "cd").mkdir(parents=True)
+    home.foretold.touch()
     home.save_state(STATE)
     (home.path / "edge-client.toml").write_text(CHANGED.render())
     with home.held():

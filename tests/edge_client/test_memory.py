@@ -112,6 +112,19 @@ def test_weights_and_states_are_counted_to_the_byte() -> None:
     assert seen.training <= seen.weights + 8 * 4 * seen.trained + 64 * 2**20
 
 
+def test_a_part_of_an_adapter_comes_whole_and_is_masked_whole() -> None:
+    plan = parsed(tuning="rank = 64\n[[tuning.alternatives]]\nrank = 2\n", batch_size=1, length=8)
+    local = plan.alternative(0, registered())
+    masked = local.model_copy(update={"protection": plan.protection.model_copy(update={"kind": "secagg"})})
+    alone, part, summed = trace(local, BUILTIN), trace(local, BUILTIN, 64), trace(masked, BUILTIN, 64)
+    assert part.trained == alone.trained
+    whole = 32 * part.trained  # in float32 as it comes, as words, and as the update that they are made of
+    more = 4 * (whole - part.trained)
+    assert part.training - alone.training == pytest.approx(more, abs=1000)
+    assert part.evaluating - alone.evaluating == pytest.approx(more, abs=1000)
+    assert 0 <= summed.training - summed.weights - 3 * 4 * whole < 0.01 * 4 * whole
+
+
 @pytest.mark.slow
 def test_what_ought_to_save_memory_saves_it() -> None:
     at = {name: trace(one, BUILTIN) for name, one in {

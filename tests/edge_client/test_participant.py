@@ -70,7 +70,11 @@ class Place:
         self.said: list[str] = []
 
     def participant(
-        self, consent: Consent | None = None, data: str = "data/client-000.jsonl", ledger: Path | None = None
+        self,
+        consent: Consent | None = None,
+        data: str = "data/client-000.jsonl",
+        ledger: Path | None = None,
+        foretold: Path | None = None,
     ) -> Participant:
         return Participant(
             "ann",
@@ -81,6 +85,7 @@ class Place:
             self._fetch,
             lambda run, number, activity: self.said.append(activity),
             ledger=ledger,
+            foretold=foretold,
         )
 
     def ask(
@@ -209,6 +214,36 @@ def test_a_client_works_in_the_way_that_fits(place: Place, monkeypatch: pytest.M
     assert isinstance(cut, Trained) and isinstance(whole, Trained)
     assert (cut.steps, cut.targets) == (whole.steps, whole.targets)
     assert cut.loss == pytest.approx(whole.loss, rel=0.02)
+
+
+def test_nobody_looks_ahead_twice_unless_it_did_not_come_true(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def look_ahead(plan: Plan, folder: Path, most: int, allowed: Sequence[str]) -> tuple[Fit, ...]:
+        looked.append(most)
+        return (Fit(Way(None, 4, 1, False, 8, False), 930_000_000, 1.0, False),)
+
+    monkeypatch.setattr("farfield.edge_client.fitting.look_ahead", look_ahead)
+    monkeypatch.setattr("farfield.edge_client.fitting.ample", lambda *_: 10**15)
+    file = tmp_path / "foretold.json"
+    small = place.participant(Consent(max_memory_bytes=400_000_000), foretold=file)
+    refusals = [place.ask(small), place.ask(small), place.ask(small, run="run-2")]
+    assert isinstance(refusals[0], Refused) and refusals == [refusals[0]] * 3
+    assert looked == [400_000_000] and place.said.count("looking for what fits into memory") == 1
+
+    # A new process with more memory needs no look, and one whose limit was passed makes the next look again.
+    large = place.participant(Consent(max_memory_bytes=10**12), foretold=file)
+    assert isinstance(place.ask(large), Evaluated)
+    assert len(looked) == 1 and place.said.count("fits into memory: lora, batch 4 × 1") == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("farfield.edge_client.worker.evaluate", lambda *_, **__: torch.ones(10**14))
+        assert isinstance(place.ask(large), Failed)
+    assert isinstance(place.ask(small), Refused)
+    assert len(looked) == 2
+    assert isinstance(place.ask(small, backbone="cd" * 32), Refused)
+    assert len(looked) == 3
 
 
 def test_a_limit_that_is_passed_in_the_middle_is_a_reply(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

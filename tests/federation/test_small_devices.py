@@ -18,6 +18,7 @@ from farfield.coordinator import plans
 from farfield.coordinator.runs import RunFolder
 from farfield.coordinator.simulation import Fleet, sources
 from farfield.edge_client import fitting
+from farfield.edge_client.worker import Worker
 from farfield.emulator.bench import Bench
 from farfield.emulator.methods import registered
 from farfield.protocols.messages import Task, Train
@@ -60,7 +61,7 @@ def asked(toy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def limit(toy: Path, asked: Path) -> int:
-    """Bytes in the middle between what every way over the plain backbone takes on this machine, and the least of all."""
+    """Bytes halfway between the least that the plain backbone takes on this machine, and the least of all."""
     ways = fitting.look_ahead(plans.load(asked), toy / "backbone", None, thorough=True)
     least = {nf4: min(one.memory for one in ways if (one.way.alternative == NF4) == nf4) for nf4 in (False, True)}
     assert least[False] - least[True] > 100_000_000
@@ -132,6 +133,7 @@ def _mean(counted: list[Part], weights: list[float], name: str) -> Any:
 def _part(plan: Plan, way: Plan, start: State, name: str, toy: Path) -> Part:
     """What the client's training comes to, in this process."""
     worker = Fleet(plan, Bench(plan, toy / "backbone", local=way), sources(None, toy / "data")).client(name)
+    assert isinstance(worker, Worker)
     task = Task("any", 1, name, plan.digest, work := Train(pack_state(start, plan.delivery.dtype)), len(FOUR))
     part, _ = worker.part(task, work)
     return part
