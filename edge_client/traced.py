@@ -143,7 +143,7 @@ def trace(plan: Plan, folder: Path, rank: int | None = None) -> Traced:
         sent = ITEM_BYTES[plan.delivery.dtype] * values
         if plan.protection.kind == "secagg":
             # A word for each value, of ranks that are not trained too, and beside it the update or the packed words.
-            sent = ITEM_BYTES["float32"] * whole
+            sent = 2 * ITEM_BYTES["float32"] * whole
         one, every = (_evaluating(tuned, _batch(plan, size), tally) for size in (1, plan.evaluation.batch_size))
         work = _training(tuned, plan, tally)
         training = max(tally.peak, tally.live + sent)
