@@ -32,6 +32,9 @@ STEPS: Final = 3
 
 EFFORT: Final = 5
 
+BATCH: Final = 8
+"""Examples in a step, at most."""
+
 CLIENTS: Final = 6
 """How many take part, at most; more where there are groups."""
 
@@ -151,11 +154,17 @@ def _plan(subject: Subject, defence: Defence, clients: int) -> Plan:
     steps = min(STEPS, subject.plan.training.steps or STEPS)
     minimum = clients // GROUPS if defence.sections.get("aggregation", {}).get("groups") else clients
     return subject.variant(
-        training={"rounds": ROUNDS, "steps": steps, "epochs": None, "schedule": "constant", "warmup_steps": 0},
+        training=_training(subject, steps),
         cohort={"size": clients, "fraction": None, "minimum": minimum, "over_selection": 0.0},
         evaluation={"every": ROUNDS, "examples": 1, "clients": max(clients, subject.plan.evaluation.clients)},
         **defence.sections,
     )
+
+
+def _training(subject: Subject, steps: int) -> dict[str, Any]:
+    batch = min(BATCH, subject.plan.training.batch_size)
+    constant = {"epochs": None, "schedule": "constant", "warmup_steps": 0, "gradient_accumulation": 1}
+    return {"rounds": ROUNDS, "steps": steps, "batch_size": batch, **constant}
 
 
 def _honest_norm(subject: Subject, client: str) -> float:
@@ -193,7 +202,7 @@ def _hostile(subject: Subject, plan: Plan, backdoor: Backdoor, names: list[str])
     """
     steps = plan.training.steps or STEPS
     own = subject.variant(
-        training={"rounds": ROUNDS, "steps": EFFORT * steps, "epochs": None, "schedule": "constant", "warmup_steps": 0},
+        training=_training(subject, EFFORT * steps),
         protection={"kind": "sealed"},
         privacy=_OPEN,
         aggregation=_PLAIN,
