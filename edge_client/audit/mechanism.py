@@ -383,6 +383,7 @@ def _hostile(dimension: int, norm: float) -> dict[str, NDArray[np.float32]]:
         "tiny": np.full(dimension, 1e-42, np.float32),
         "as long as is allowed": just,
         "a little longer": np.nextafter(just, np.float32(np.inf)),
+        "much longer": 100 * just,
         "of all sizes": np.geomspace(1e-38, 1e38, dimension).astype(np.float32),
     }
 
