@@ -1,4 +1,4 @@
-"""Settings of every test: a shared machine is no stopwatch, so hypothesis sets no deadline; and what takes longest comes
+"""Settings of every test: a shared machine is no stopwatch, so hypothesis sets no deadline; and what takes longest is
 first, so that two processes end together.
 """
 

