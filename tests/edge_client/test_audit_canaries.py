@@ -179,6 +179,7 @@ def test_how_often_a_record_was_trained_on(tmp_path: Path, packing: bool) -> Non
                 assert times in (pytest.approx(3 * rounds), 0)
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_noise_in_which_nothing_is_learnt_leaves_records_at_chance(tmp_path: Path) -> None:
     """The run that leaks without it, with noise far above what is learnt."""
     training = LEARNS["training"] | {"steps": 4}
@@ -195,6 +196,7 @@ def test_noise_in_which_nothing_is_learnt_leaves_records_at_chance(tmp_path: Pat
     assert "in 3.6 batches on average" in finding.tried[1], "three rounds of four steps at 0.3"
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_clients_under_noise_are_at_chance(tmp_path: Path) -> None:
     subject = audits.subject(tmp_path, clients=3, **by_client(200.0))
     finding = made(subject)
@@ -206,6 +208,7 @@ def test_clients_under_noise_are_at_chance(tmp_path: Path) -> None:
     assert "coordinator" in finding.attacker
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_clients_are_found_as_often_as_the_noise_says(tmp_path: Path) -> None:
     """Each round gives μ = 1/z, two give √2/z; the area under the curve of N(0, 1) against N(μ, 1) is Φ(μ/√2)."""
     finding = made(audits.subject(tmp_path, clients=3, **by_client(1.0)))

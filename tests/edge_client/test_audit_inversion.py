@@ -94,6 +94,7 @@ def test_it_finds_what_an_unprotected_update_holds(tmp_path: Path) -> None:
     assert again.data == found.data
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_it_is_at_chance_and_says_so_where_noise_drowns_everything(tmp_path: Path) -> None:
     privacy = {"kind": "example", "noise_multiplier": 1e4, "sampling_rate": 0.5, "clipping_norm": 1e-3}
     _, found = made(

@@ -152,6 +152,7 @@ def test_shadows_learn_their_own_half(leaky: tuple[Subject, Finding]) -> None:
         assert losses_[inside].mean() < losses_[~inside].mean() - 0.1
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_noise_in_which_nothing_is_learnt_leaves_it_at_chance(tmp_path: Path) -> None:
     """The run that leaks without it, with noise far above what is learnt.
 

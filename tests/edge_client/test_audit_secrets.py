@@ -90,6 +90,7 @@ def test_exposure_grows_from_chance_over_the_rounds(leaky: tuple[Subject, Findin
     assert seen[:EACH] == [0] * EACH and len(subject.clients) == 3
 
 
+@pytest.mark.usefixtures("repeatable_noise")
 def test_noise_in_which_nothing_is_learnt_leaves_secrets_at_chance(tmp_path: Path) -> None:
     """The run that leaks without it, with noise far above what is learnt."""
     privacy = {"kind": "client", "noise_multiplier": 100.0, "clipping_norm": 1.0}
