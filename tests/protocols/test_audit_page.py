@@ -197,6 +197,17 @@ def test_a_claim_that_was_out_of_reach_is_said_to_be() -> None:
     assert "not falsified at 95 % by these attacks, and could not be: an ε above 20 could not have been shown" in far
 
 
+def test_a_claim_that_only_single_steps_could_refute_is_said_to_be_one() -> None:
+    promised = REPORT.promise
+    assert promised is not None and promised.epsilon is not None
+    whole, step = bound(0.0, promised.epsilon), bound(3.0, 6.0)
+    low = whole.figures[0].model_copy(update={"ceiling": 3.96})
+    step = step.model_copy(update={"attack": "mechanism"})
+    both = (whole.model_copy(update={"figures": (low,)}), step)
+    assert "of the whole run, no ε above 3.96 could have been shown" in lead(reports.report(findings=both))
+    assert "of the whole run" not in lead(reports.report(findings=(bound(0.0, promised.epsilon), step)))
+
+
 def test_without_a_claim_there_is_none_to_stand() -> None:
     told = lead(reports.report("quickstart.toml", findings=(bound(0.0),)))
     assert "claims no ε" in told and "does not mean that there is none" in told
