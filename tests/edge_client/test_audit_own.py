@@ -25,10 +25,9 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def request(place: Path, data: str = "data/client-000.jsonl", **keys: bool) -> Request:
-    return Request(
-        place / "plan.toml", str(place / data), place / "out", place / "key.pem", ["protocol", "backdoor"], **keys
-    )
+def request(place: Path, data: str = "data/client-000.jsonl", *, resume: bool = False) -> Request:
+    attacks = ["protocol", "backdoor"]
+    return Request(place / "plan.toml", str(place / data), place / "out", place / "key.pem", attacks, resume)
 
 
 def test_a_report_of_ones_own_update(place: Path) -> None:
