@@ -63,7 +63,7 @@ demo: .venv/product
 	$(BIN)/coordinator simulate examples/quickstart.toml --clients 8 --compare --json runs/demo.json
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=5
 
 test-slow: .venv/dev .venv/ray
 	$(BIN)/pytest -m slow --durations=5

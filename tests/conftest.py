@@ -1,6 +1,4 @@
-"""Settings of every test: a shared machine is no stopwatch, so hypothesis sets no deadline; and what takes longest is
-first, so that two processes end together.
-"""
+"""Settings of every test: a shared machine is no stopwatch, so hypothesis sets no deadline."""
 
 import hashlib
 import itertools
@@ -13,10 +11,6 @@ from farfield.protocols import randomness
 
 settings.register_profile("farfield", deadline=None)
 settings.load_profile("farfield")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "federation" not in item.path.parts)
 
 
 @pytest.fixture
